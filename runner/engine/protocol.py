@@ -1,0 +1,138 @@
+"""What an engine is, as the rest of the runner sees it.
+
+`ChatSession`, the command line and the terminal know this file and nothing of llama.cpp. Tests of them use a
+`FakeEngine` that follows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+FinishReason = Literal["stop", "length", "cancelled"]
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn. `tokens` are the ids of a reply as they were sampled: text need not tokenize back to them."""
+
+    role: Role
+    content: str
+    tokens: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is picked. A temperature of 0 is greedy and repeatable."""
+
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
+    seed: int | None = None
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class GenerationStats:
+    """Counts in tokens, times in seconds."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    prefill_seconds: float = 0.0
+    generate_seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.generated_tokens / self.generate_seconds if self.generate_seconds > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class GenerationChunk:
+    """A piece of a reply.
+
+    `text` holds whole characters only and may be empty. `token` is None in the last chunk, which carries
+    `finish_reason`; the end-of-generation token itself never comes out.
+    """
+
+    text: str
+    token: int | None
+    stats: GenerationStats = field(default_factory=GenerationStats)
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a loaded model says of itself, and where it was put."""
+
+    path: Path
+    name: str
+    description: str
+    n_ctx: int
+    n_ctx_train: int
+    n_layers: int
+    gpu_layers: int
+    device: str
+    load_seconds: float
+    notes: tuple[str, ...] = ()
+    """One line each: why no GPU is used, what was tried again with less, what the template cannot protect."""
+
+
+class Engine(Protocol):
+    """A loaded model that turns messages into tokens and tokens into more tokens."""
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    @property
+    def has_chat_template(self) -> bool: ...
+
+    @property
+    def default_sampling(self) -> Sampling:
+        """The model's own recommendation (`general.sampling.*`), else the defaults of `Sampling`."""
+        ...
+
+    def encode_text(self, text: str) -> list[int]:
+        """Tokens of a text to be continued, as transformers gives them (with BOS where the model wants it)."""
+        ...
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Tokens of a conversation up to where the assistant speaks, through the model's own template.
+
+        Raises TemplateError.
+        """
+        ...
+
+    def generate(self, tokens: Sequence[int], sampling: Sampling) -> Iterator[GenerationChunk]:
+        """Continue `tokens`. Raises ContextOverflow, GenerationError.
+
+        What the cache already holds of `tokens` is not computed again (`stats.cached_tokens`).
+        """
+        ...
+
+    def cancel(self) -> None:
+        """Stop a running `generate` soon, from any thread; it ends with finish_reason "cancelled"."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What a person may set. None: chosen by the runner."""
+
+    context: int | None = None
+    gpu_layers: int | Literal["auto", "all"] = "auto"
+    threads: int | None = None
+    vram: int | None = None
+    parse_special: bool = False
+    verbose: bool = False
+
+
+LoadProgress = Callable[[float], None]
+"""Called with 0.0 to 1.0 while the weights are read."""
