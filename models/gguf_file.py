@@ -1,0 +1,409 @@
+"""A read-only look at a GGUF file: its metadata, its tensors, and whether it is whole.
+
+The file is a stranger's. Every length is held against the size of the file before it is used, nothing is
+allocated for what is merely announced, and whatever is wrong is a ModelFileError that says where. The rules
+are those of llama.cpp's own reader (versions 2 and 3, little endian, tensors one after the other without
+gaps), so that a file that passes here is one that llama.cpp opens. It is a parser of our own since it must
+answer before llama.cpp is loaded, fast (a vocabulary is stepped over, and read when asked for), and in
+words that help.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import NoReturn, TypeAlias, overload
+
+from models.errors import ModelFileError
+from models.gguf_types import FILE_TYPES, TENSOR_TYPES
+from models.text import human_bytes, printable
+
+VERSIONS = (2, 3)
+DEFAULT_ALIGNMENT = 32
+MAX_KEY_BYTES = 65_535
+MAX_STRING_BYTES = 1 << 26
+MAX_STRINGS = 1 << 24
+"""Ceilings far above any real file: the largest vocabulary has 2^18 entries, a template 10^5 bytes."""
+MAX_DIMENSIONS = 4
+MAX_TENSOR_NAME_BYTES = 63
+
+_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
+_STRING, _ARRAY = 8, 9
+_SCALARS = {
+    number: struct.Struct("<" + code)
+    for number, code in {
+        0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
+    }.items()
+}  # fmt: skip
+
+Scalar: TypeAlias = int | float | bool | str
+
+
+class LazyArray(Sequence[Scalar]):
+    """An array of the metadata, left in the file until somebody looks at an element, then read whole."""
+
+    def __init__(self, path: Path, offset: int, element_type: int, count: int) -> None:
+        self._path, self._offset, self._type, self._count = path, offset, element_type, count
+        self._items: list[Scalar] | None = None
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> Scalar: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Scalar]: ...
+    def __getitem__(self, index: int | slice) -> Scalar | list[Scalar]:
+        if self._items is None:
+            with _open(self._path) as cursor:
+                cursor.position = self._offset
+                self._items = [cursor.scalar(self._type, "an array") for _ in range(self._count)]
+        return self._items[index]
+
+    def __repr__(self) -> str:
+        return f"<{self._count} values>"
+
+
+Value: TypeAlias = Scalar | LazyArray
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor. `shape` in GGUF order, a row's length first. `offset` in bytes from the file's start."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    offset: int
+    nbytes: int
+
+    @property
+    def weights(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """What a GGUF file says of itself. `size` in bytes."""
+
+    path: Path
+    version: int
+    size: int
+    metadata: Mapping[str, Value]
+    tensors: tuple[TensorInfo, ...]
+
+    def string(self, key: str) -> str | None:
+        """The text under `key`; None where there is none or it is no text."""
+        value = self.metadata.get(key)
+        return value if isinstance(value, str) else None
+
+    def integer(self, key: str) -> int | None:
+        value = self.metadata.get(key)
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+    @property
+    def architecture(self) -> str:
+        return self.string("general.architecture") or "unknown"
+
+    @property
+    def name(self) -> str:
+        return self.string("general.name") or self.path.stem
+
+    @property
+    def file_type(self) -> str:
+        """Such as "Q4_K_M": what the file says, else the type that most of its bytes have."""
+        number = self.integer("general.file_type")
+        if number is not None and number in FILE_TYPES:
+            return FILE_TYPES[number]
+        return max(self.bytes_by_type(), key=self.bytes_by_type().__getitem__, default="unknown")
+
+    @property
+    def chat_template(self) -> str | None:
+        return self.string("tokenizer.chat_template")
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens that the model was trained on."""
+        return self.integer(f"{self.architecture}.context_length")
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.weights for tensor in self.tensors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        parameters = self.parameters
+        return 8 * sum(tensor.nbytes for tensor in self.tensors) / parameters if parameters else 0.0
+
+    def bytes_by_type(self) -> dict[str, int]:
+        """Bytes that the tensors of each type take, in the order of first appearance."""
+        totals: Counter[str] = Counter()
+        for tensor in self.tensors:
+            totals[tensor.type] += tensor.nbytes
+        return dict(totals)
+
+
+def read_gguf(path: Path) -> GgufFile:
+    """Read the header of `path` and hold every tensor against the size of the file. Raises ModelFileError."""
+    with _open(path) as cursor:
+        version, n_tensors, n_kv = _counts(cursor)
+        metadata = dict(_key_values(cursor, n_kv))
+        tensors = _tensors(cursor, n_tensors, _alignment(cursor, metadata))
+        return GgufFile(path, version, cursor.size, metadata, tensors)
+
+
+def peek_gguf(path: Path) -> GgufFile:
+    """The metadata that comes before the vocabulary, and no tensors: quick enough for a list of many files.
+
+    Raises ModelFileError, but finds only what is wrong in that part.
+    """
+    with _open(path) as cursor:
+        version, _, n_kv = _counts(cursor)
+        metadata = dict(_key_values(cursor, n_kv, stop_before="tokenizer.ggml.tokens"))
+        return GgufFile(path, version, cursor.size, metadata, ())
+
+
+def check_model_file(path: Path) -> None:
+    """Raise ModelFileError unless `path` is a whole GGUF file that a model can be loaded from."""
+    gguf = read_gguf(path)
+    part, parts = gguf.integer("split.no"), gguf.integer("split.count")
+    if part and parts:
+        raise ModelFileError(
+            f"{printable(path)} is part {part + 1} of {parts}",
+            hint=f"Give the first part: the file whose name ends in -00001-of-{parts:05d}.gguf.",
+            path=path,
+        )
+    if "general.architecture" not in gguf.metadata:
+        raise ModelFileError(
+            f"{printable(path)} is a GGUF file that names no architecture, so it is no model",
+            hint="It may be an adapter or an importance matrix. Give the model that it belongs to.",
+            path=path,
+        )
+
+
+class _Cursor:
+    """A position in a mapped file. Reading past the end is a ModelFileError that gives both numbers."""
+
+    def __init__(self, path: Path, data: mmap.mmap | bytes) -> None:
+        self.path, self.data, self.position, self.size = path, data, 0, len(data)
+
+    def fail(self, what: str, hint: str = "Download or convert the file again.") -> NoReturn:
+        raise ModelFileError(f"{printable(self.path)}: {what}", hint=hint, path=self.path)
+
+    def advance(self, count: int, what: str) -> int:
+        """Step over `count` bytes; the position before them."""
+        start, end = self.position, self.position + count
+        if end > self.size:
+            self.fail(
+                f"the file is cut short or damaged: {what} reaches to byte {end}, the file has {self.size}"
+            )
+        self.position = end
+        return start
+
+    def u32(self, what: str) -> int:
+        return int(_U32.unpack_from(self.data, self.advance(4, what))[0])
+
+    def u64(self, what: str) -> int:
+        return int(_U64.unpack_from(self.data, self.advance(8, what))[0])
+
+    def text(self, what: str, limit: int = MAX_STRING_BYTES) -> str:
+        length = self.u64(what)
+        start = self.advance(length, what)
+        if length > limit:
+            self.fail(f"{what} has {length} bytes, more than {limit}")
+        return self.data[start : self.position].decode("utf-8", "replace")
+
+    def scalar(self, kind: int, what: str) -> Scalar:
+        if kind == _STRING:
+            return self.text(what)
+        layout = _SCALARS.get(kind)
+        if layout is None:
+            self.fail(f"{what} has the unknown value type {kind}")
+        value: Scalar = layout.unpack_from(self.data, self.advance(layout.size, what))[0]
+        return value
+
+    def skip_strings(self, count: int, what: str) -> None:
+        # The one loop over a vocabulary: 300 thousand lengths, so no call and no attribute in it.
+        if count > MAX_STRINGS:
+            self.fail(f"{what} has {count} strings, more than {MAX_STRINGS}")
+        unpack, data, position, last = _U64.unpack_from, self.data, self.position, self.size - 8
+        for _ in range(count):
+            if position > last:
+                position = self.size + 1
+                break
+            position += 8 + unpack(data, position)[0]
+        self.advance(position - self.position, what)
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[_Cursor]:
+    try:
+        if path.is_dir():
+            raise ModelFileError(
+                f"{printable(path)} is a directory, not a GGUF file",
+                hint="Give the .gguf file inside it, or convert the checkpoint with `handmill convert`.",
+                path=path,
+            )
+        if path.exists() and not path.is_file():
+            raise ModelFileError(f"{printable(path)} is not a regular file", path=path)
+        with path.open("rb") as file:
+            if path.stat().st_size == 0:
+                raise ModelFileError(
+                    f"{printable(path)} is empty", hint="Download or convert it again.", path=path
+                )
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                yield _Cursor(path, data)
+    except FileNotFoundError:
+        raise ModelFileError(
+            f"{printable(path)} does not exist",
+            hint="`handmill list` shows the models in the library.",
+            path=path,
+        ) from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ModelFileError(f"{printable(path)} cannot be read: {printable(reason)}", path=path) from error
+
+
+def _counts(cursor: _Cursor) -> tuple[int, int, int]:
+    """Magic, version and the two counts. Each entry takes bytes, so the file's size bounds both counts."""
+    if cursor.data[:4] != b"GGUF":
+        what, hint = _looks_like(cursor.data[:512], cursor.size)
+        cursor.fail(f"not a GGUF file: {what}", hint)
+    cursor.position = 4
+    version = cursor.u32("the version")
+    if version and version & 0xFFFF == 0:
+        cursor.fail("a big endian GGUF file; this machine reads little endian", "Get the little endian file.")
+    if version not in VERSIONS:
+        cursor.fail(
+            f"GGUF version {version} is not supported (versions 2 and 3 are)",
+            "Convert the original checkpoint again with `handmill convert`.",
+        )
+    n_tensors, n_kv = cursor.u64("the tensor count"), cursor.u64("the key count")
+    left = cursor.size - cursor.position
+    for count, smallest, what in ((n_tensors, 24, "tensors"), (n_kv, 14, "metadata keys")):
+        if count * smallest > left:
+            cursor.fail(f"{count} {what} are announced, which {left} bytes cannot hold")
+    return version, n_tensors, n_kv
+
+
+def _key_values(cursor: _Cursor, n_kv: int, stop_before: str | None = None) -> Iterator[tuple[str, Value]]:
+    seen: set[str] = set()
+    for index in range(n_kv):
+        key = cursor.text(f"metadata key {index}", MAX_KEY_BYTES)
+        what = f"key '{printable(key)}'"
+        if not key:
+            cursor.fail(f"metadata key {index} is empty")
+        if key in seen:
+            cursor.fail(f"{what} appears twice")
+        if key == stop_before:
+            return
+        seen.add(key)
+        kind = cursor.u32(what)
+        if kind != _ARRAY:
+            yield key, cursor.scalar(kind, what)
+            continue
+        element, count = cursor.u32(what), cursor.u64(what)
+        array = LazyArray(cursor.path, cursor.position, element, count)
+        if element == _STRING:
+            cursor.skip_strings(count, what)
+        elif element in _SCALARS:
+            cursor.advance(count * _SCALARS[element].size, what)
+        else:
+            cursor.fail(f"{what} is an array of the unknown value type {element}")
+        yield key, array
+
+
+def _alignment(cursor: _Cursor, metadata: Mapping[str, Value]) -> int:
+    alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+    if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
+        cursor.fail(f"the alignment is {printable(alignment)}, which is no power of two")
+    return alignment
+
+
+def _tensors(cursor: _Cursor, n_tensors: int, alignment: int) -> tuple[TensorInfo, ...]:
+    """Every tensor info, with offsets from the file's start; each begins where the one before it ended."""
+    tensors: list[TensorInfo] = []
+    seen: set[str] = set()
+    expected = 0
+    for index in range(n_tensors):
+        tensor = _tensor(cursor, index)
+        what = f"tensor '{printable(tensor.name)}'"
+        if tensor.name in seen:
+            cursor.fail(f"{what} appears twice")
+        seen.add(tensor.name)
+        if tensor.offset % alignment:
+            cursor.fail(f"{what} is misaligned: offset {tensor.offset} is no multiple of {alignment}")
+        if tensor.offset != expected:
+            fault = "overlaps the tensor before it" if tensor.offset < expected else "leaves a gap before it"
+            cursor.fail(f"{what} {fault}: offset {tensor.offset}, expected {expected}")
+        expected += -(-tensor.nbytes // alignment) * alignment
+        tensors.append(tensor)
+    start = -(-cursor.position // alignment) * alignment
+    if tensors and (needed := start + tensors[-1].offset + tensors[-1].nbytes) > cursor.size:
+        cursor.fail(
+            f"the file is cut short: its tensors need {needed} bytes ({human_bytes(needed)}), "
+            f"it has {cursor.size} ({human_bytes(cursor.size)})"
+        )
+    return tuple(TensorInfo(t.name, t.shape, t.type, start + t.offset, t.nbytes) for t in tensors)
+
+
+def _tensor(cursor: _Cursor, index: int) -> TensorInfo:
+    name = cursor.text(f"the name of tensor {index}", MAX_TENSOR_NAME_BYTES)
+    what = f"tensor '{printable(name)}'"
+    n_dimensions = cursor.u32(what)
+    if n_dimensions > MAX_DIMENSIONS:
+        cursor.fail(f"{what} has {n_dimensions} dimensions, at most {MAX_DIMENSIONS} are possible")
+    shape = tuple(cursor.u64(what) for _ in range(n_dimensions))
+    number = cursor.u32(what)
+    offset = cursor.u64(what)
+    if number not in TENSOR_TYPES:
+        cursor.fail(
+            f"{what} has the unknown tensor type {number}",
+            "The file may need a newer llama.cpp, or be damaged.",
+        )
+    kind, block, block_bytes = TENSOR_TYPES[number]
+    row = shape[0] if shape else 1
+    if row % block:
+        cursor.fail(f"{what} has rows of {row} weights; {kind} needs a multiple of {block}")
+    nbytes = prod(shape) // block * block_bytes
+    if nbytes >= 1 << 63:
+        cursor.fail(f"{what} has the impossible shape {list(shape)}")
+    return TensorInfo(name, shape, kind, offset, nbytes)
+
+
+_SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
+    (b"version https://git-lfs", "it is a git-lfs pointer, not the file itself", "Run `git lfs pull` there."),
+    (b"PK\x03\x04", "it is a zip archive, perhaps a PyTorch checkpoint", ""),
+    (b"\x80\x02", "it is a Python pickle, perhaps a PyTorch checkpoint", ""),
+    (b"\x1f\x8b", "it is compressed with gzip", "Unpack it first."),
+    (b"FUGG", "its magic is reversed: a big endian GGUF file", "Get the little endian file."),
+    (b"tjgg", "it is a GGML file from before GGUF", ""),
+    (b"lmgg", "it is a GGML file from before GGUF", ""),
+    (b"fmgg", "it is a GGML file from before GGUF", ""),
+    (b"{", "it looks like JSON", ""),
+)
+_CONVERT_HINT = "Give a GGUF file, or a Hugging Face checkpoint directory with config.json and *.safetensors."
+
+
+def _looks_like(head: bytes, size: int) -> tuple[str, str]:
+    """What a file that is no GGUF seems to be, and what to do about it."""
+    stripped = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if stripped.startswith((b"<!doctype html", b"<html")):
+        return "it is a web page (HTML), perhaps an error or login page", "Download the file itself."
+    if len(head) > 8 and head[8:9] == b"{" and _U64.unpack_from(head)[0] < size:
+        return (
+            "it is a safetensors file, a shard of a checkpoint",
+            "Convert the directory that holds it: `handmill convert DIRECTORY`.",
+        )
+    for signature, what, hint in _SIGNATURES:
+        if head.startswith(signature):
+            return what, hint or _CONVERT_HINT
+    if not head.strip(b"\0"):
+        return "it begins with zeros, like an unfinished download", "Download it again."
+    return f"it begins with {head[:8]!r}", _CONVERT_HINT
