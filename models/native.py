@@ -1,0 +1,282 @@
+"""The door to libllama: loading it, its log, vocabularies, one forward pass.
+
+Everything that `convert` and `runner` both need of llama.cpp is here. Importing this module loads nothing;
+`library()` does, once. llama.cpp ends the process on some misuse (an id outside the vocabulary, a file
+without one), so what it would not survive is checked on this side.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from models.errors import GenerationError, LoadError
+from models.native_log import LOG, LogTail, capture_log, set_verbose
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = [
+    "ATTR_CONTROL",
+    "ATTR_UNKNOWN",
+    "ATTR_USER_DEFINED",
+    "LogTail",
+    "Vocabulary",
+    "capture_log",
+    "cpu_model_params",
+    "forward_pass",
+    "library",
+    "load_model",
+    "open_vocabulary",
+    "run_interruptibly",
+    "set_verbose",
+    "shared_library",
+]
+
+Result = TypeVar("Result")
+
+ATTR_UNKNOWN, ATTR_CONTROL, ATTR_USER_DEFINED = 1 << 0, 1 << 3, 1 << 4
+"""Bits of `Vocabulary.attributes`, as llama.h has them."""
+
+_loading = threading.Lock()
+_kept_alive: list[Any] = []
+"""Callbacks that C code holds: collected, they would crash it."""
+
+
+@cache
+def _library() -> Any:
+    import llama_cpp.llama_cpp as lib
+
+    # The binding prints to stderr through a callback of its own; ours replaces it.
+    callback = lib.llama_log_callback(LOG.write)
+    # Destructors of the libraries may log after the interpreter is gone: to a C function that does nothing.
+    silent = ctypes.cast(lib.llama_max_devices, lib.llama_log_callback)
+    _kept_alive.extend([callback, silent])
+    lib.llama_log_set(callback, None)
+    atexit.register(lib.llama_log_set, silent, None)
+    lib.llama_backend_init()
+    return lib
+
+
+def library() -> Any:
+    """The functions of `llama.h`, with the backends initialised and the log in our hands."""
+    with _loading:
+        return _library()
+
+
+@cache
+def shared_library(name: str) -> ctypes.CDLL:
+    """Another library beside libllama, such as "ggml-base", "ggml" or "ggml-rpc".
+
+    Raises LoadError where this build of llama.cpp does not have it.
+    """
+    from llama_cpp._ctypes_extensions import load_shared_library
+
+    try:
+        found: ctypes.CDLL = load_shared_library(name, library()._base_path)
+    except (FileNotFoundError, RuntimeError) as error:
+        raise LoadError(f"this build of llama.cpp has no library {name!r}", library=name) from error
+    return found
+
+
+def run_interruptibly(work: Callable[[], Result], stop: Callable[[], None] = lambda: None) -> Result:
+    """Run `work` in a thread and wait for it, so that Ctrl-C is heard while C code runs.
+
+    An exception in a callback from C is swallowed, KeyboardInterrupt too: so no callback may run in the main
+    thread. When the wait is interrupted, `stop` is called, `work` is awaited, and the interrupt goes on.
+    """
+    result: list[Result] = []
+    failure: list[BaseException] = []
+
+    def body() -> None:
+        try:
+            result.append(work())
+        except BaseException as error:  # carried to the caller's thread and raised there
+            failure.append(error)
+
+    thread = threading.Thread(target=body, name="handmill-native", daemon=True)
+    thread.start()
+    try:
+        thread.join()
+    except BaseException:
+        stop()
+        thread.join()
+        raise
+    if failure:
+        raise failure[0]
+    return result[0]
+
+
+def load_model(path: Path, params: Any) -> Any:
+    """A `llama_model *` of the file. Raises LoadError with the end of llama.cpp's log."""
+    lib = library()
+    if not path.is_file():
+        raise LoadError(f"no such model file: {path}", hint="`handmill list` shows what there is", path=path)
+    with capture_log() as log:
+        model = lib.llama_model_load_from_file(os.fsencode(path), params)
+    if not model:
+        said = "; ".join(log.problems())
+        raise LoadError(f"llama.cpp cannot load {path.name}: {said}", path=path, log=tuple(log.tail(20)))
+    return model
+
+
+def cpu_model_params() -> Any:
+    """Model parameters that keep all on the CPU, mapped from the file and not copied into another layout."""
+    lib = library()
+    params = lib.llama_model_default_params()
+    no_devices = (ctypes.c_void_p * 1)(None)
+    params._keep_alive = no_devices  # llama.cpp reads the list while it loads
+    params.devices = ctypes.cast(no_devices, ctypes.c_void_p)
+    params.n_gpu_layers = 0
+    params.load_mode = lib.LLAMA_LOAD_MODE_MMAP
+    params.use_extra_bufts = False
+    return params
+
+
+class Vocabulary:
+    """The vocabulary of a loaded model, by llama.cpp itself. Valid while that model is.
+
+    Raises LoadError for a model that has none, or whose own marks are missing from it.
+    """
+
+    def __init__(self, pointer: Any) -> None:
+        lib = library()
+        self._lib, self._pointer = lib, pointer
+        self.n_tokens: int = lib.llama_vocab_n_tokens(pointer)
+        self.add_bos: bool = lib.llama_vocab_get_add_bos(pointer)
+        self.add_eos: bool = lib.llama_vocab_get_add_eos(pointer)
+        self.bos: int | None = self._id(lib.llama_vocab_bos(pointer))
+        self.eos: int | None = self._id(lib.llama_vocab_eos(pointer))
+        # Tokenizing without these ends the process.
+        if lib.llama_vocab_type(pointer) == lib.LLAMA_VOCAB_TYPE_NONE or not self.n_tokens:
+            raise LoadError("the model has no vocabulary")
+        if (self.add_bos and self.bos is None) or (self.add_eos and self.eos is None):
+            raise LoadError("the model asks for a beginning or end mark that its vocabulary does not have")
+
+    def _id(self, token: int) -> int | None:
+        return token if 0 <= token < self.n_tokens else None
+
+    def _checked(self, token: int) -> int:
+        if not 0 <= token < self.n_tokens:
+            raise ValueError(f"token {token} is outside the vocabulary of {self.n_tokens}")
+        return token
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """Token ids of `text`.
+
+        `add_special` adds the marks that the model wants around a text (BOS, sometimes EOS). With
+        `parse_special` the text of a control token becomes that token; without it, user-defined ones still do.
+        """
+        data = text.encode("utf-8", "replace")
+        room = len(data) + 16
+        while True:
+            ids = (ctypes.c_int32 * room)()
+            n: int = self._lib.llama_tokenize(self._pointer, data, len(data), ids, room, add_special, parse_special)
+            if n >= 0:
+                return ids[:n]
+            if -n <= room:
+                raise GenerationError(f"llama.cpp cannot tokenize a text of {len(data)} bytes")
+            room = -n
+
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        """The bytes that a token stands for, perhaps a part of a character; b"" for a control token."""
+        self._checked(token)
+        room = 64
+        while True:
+            buffer = ctypes.create_string_buffer(room)
+            n: int = self._lib.llama_token_to_piece(self._pointer, token, buffer, room, 0, special)
+            if n >= 0:
+                return buffer.raw[:n]
+            room = -n
+
+    def text(self, token: int) -> str:
+        """The token as the vocabulary writes it (byte-level letters, `▁` and all)."""
+        raw: bytes = self._lib.llama_vocab_get_text(self._pointer, self._checked(token))
+        return raw.decode("utf-8", "replace")
+
+    def attributes(self, token: int) -> int:
+        attributes: int = self._lib.llama_vocab_get_attr(self._pointer, self._checked(token))
+        return attributes
+
+    def is_control(self, token: int) -> bool:
+        return bool(self.attributes(token) & ATTR_CONTROL)
+
+    def is_user_defined(self, token: int) -> bool:
+        return bool(self.attributes(token) & ATTR_USER_DEFINED)
+
+    def is_eog(self, token: int) -> bool:
+        """Whether the token ends a reply."""
+        return bool(self._lib.llama_vocab_is_eog(self._pointer, self._checked(token)))
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Text to id of all that llama.cpp looks for in a text before it tokenizes the rest.
+
+        Control and unknown tokens are found with `parse_special` only, user-defined ones always.
+        """
+        wanted = ATTR_CONTROL | ATTR_UNKNOWN | ATTR_USER_DEFINED
+        return {self.text(token): token for token in range(self.n_tokens) if self.attributes(token) & wanted}
+
+    @cached_property
+    def special_pieces(self) -> tuple[str, ...]:
+        """The texts of `special_tokens`, longest first."""
+        return tuple(sorted(self.special_tokens, key=len, reverse=True))
+
+
+@contextmanager
+def open_vocabulary(path: Path) -> Iterator[Vocabulary]:
+    """The vocabulary of a GGUF file, without its weights. Raises LoadError."""
+    lib = library()
+    params = cpu_model_params()
+    params.vocab_only = True
+    model = load_model(path, params)
+    try:
+        yield Vocabulary(lib.llama_model_get_vocab(model))
+    finally:
+        lib.llama_model_free(model)
+
+
+def forward_pass(path: Path, tokens: Sequence[int], *, threads: int) -> NDArray[np.float32]:
+    """Logits [n_vocab] of the last of `tokens`, computed on the CPU from the mapped file.
+
+    Private memory stays small: the weights are neither copied nor repacked. Raises LoadError and
+    GenerationError.
+    """
+    import numpy as np
+
+    lib = library()
+    if not tokens:
+        raise ValueError("a forward pass needs at least one token")
+    model = load_model(path, cpu_model_params())
+    context = None
+    try:
+        params = lib.llama_context_default_params()
+        params.n_ctx = max(len(tokens), 16)
+        params.n_batch = params.n_ubatch = len(tokens)
+        params.n_threads = params.n_threads_batch = threads
+        params.offload_kqv = params.op_offload = False
+        with capture_log() as log:
+            context = lib.llama_init_from_model(model, params)
+            if not context:
+                said = "; ".join(log.problems())
+                raise LoadError(f"llama.cpp cannot make a context for {path.name}: {said}", path=path)
+            ids = (ctypes.c_int32 * len(tokens))(*tokens)
+            status = lib.llama_decode(context, lib.llama_batch_get_one(ids, len(tokens)))
+            if status != 0:
+                said = "; ".join(log.problems())
+                raise GenerationError(f"llama.cpp cannot compute with {path.name}: {said}", path=path)
+        n_vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
+        logits = np.ctypeslib.as_array(lib.llama_get_logits_ith(context, -1), shape=(n_vocab,))
+        return logits.astype(np.float32, copy=True)
+    finally:
+        if context:
+            lib.llama_free(context)
+        lib.llama_model_free(model)
