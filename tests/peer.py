@@ -1,0 +1,75 @@
+"""llama.cpp's own converter and quantizer, as oracles for the parity tests and the benchmarks.
+
+`make test-parity` builds them into `build/peer`; HANDMILL_PEER names another folder of the same shape. The converter
+needs a Python with torch and transformers: this one if it has them, else HANDMILL_PEER_PYTHON, else .venv-parity.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts.build_peer import CONVERTER, QUANTIZER, peer_folder
+from scripts.environment import ROOT
+
+__all__ = ["converter_command", "missing_peer", "need_peer", "peer_convert", "peer_quantize", "quantizer_command"]
+
+
+def missing_peer() -> str:
+    """What the comparison lacks on this machine; nothing when all is there."""
+    for part in (CONVERTER, QUANTIZER):
+        if not (peer_folder() / part).exists():
+            return f"{peer_folder() / part} is not built (make test-parity)"
+    if _python() is None:
+        return "there is no Python with torch and transformers (make test-parity)"
+    return ""
+
+
+def need_peer() -> None:
+    """Skip the test on a machine without the oracles; fail it under `make test-parity`, which brought them."""
+    if missing := missing_peer():
+        if os.environ.get("HANDMILL_NEED_PEER"):
+            pytest.fail(missing)
+        pytest.skip(missing)
+
+
+def peer_convert(checkpoint: Path, output: Path, outtype: str = "auto") -> None:
+    """Convert with convert_hf_to_gguf.py."""
+    _run(converter_command(checkpoint, output, outtype))
+
+
+def peer_quantize(source: Path, output: Path, type: str) -> None:
+    """Quantize a GGUF file with llama-quantize."""
+    _run(quantizer_command(source, output, type))
+
+
+def converter_command(checkpoint: Path, output: Path, outtype: str = "auto") -> list[str]:
+    script = peer_folder() / CONVERTER
+    return [str(_python()), str(script), str(checkpoint), "--outfile", str(output), "--outtype", outtype]
+
+
+def quantizer_command(source: Path, output: Path, type: str) -> list[str]:
+    return [str(peer_folder() / QUANTIZER), str(source), str(output), type]
+
+
+def _python() -> Path | None:
+    if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
+        return Path(sys.executable)
+    named = os.environ.get("HANDMILL_PEER_PYTHON")
+    other = Path(named) if named else ROOT / ".venv-parity" / "bin" / "python"
+    return other if other.exists() else None
+
+
+def _run(command: list[str]) -> None:
+    # The converter looks for gguf beside itself first, as it should; nothing of it may ask the network.
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-3000:]}")
