@@ -7,6 +7,7 @@
     │   ├── TensorError           one of its tensors is missing, broken or not what the config says
     │   └── TokenizerError        its tokenizer is missing or broken
     ├── ModelFileError            a GGUF file cannot be read
+    ├── ConversionFailed          llama.cpp refused a model, or a value does not fit a type
     ├── OutputError               a file cannot be written
     ├── CheckFailed               a converted file does not pass its own check
     ├── LoadError                 llama.cpp cannot load a model
@@ -69,6 +70,10 @@ class TokenizerError(CheckpointError):
 
 class ModelFileError(HandmillError):
     """A GGUF file cannot be read."""
+
+
+class ConversionFailed(HandmillError):
+    """llama.cpp refused a model, or a value does not fit a type."""
 
 
 class OutputError(HandmillError):

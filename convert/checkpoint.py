@@ -1,0 +1,274 @@
+"""A Hugging Face checkpoint on disk: its JSON files, and its tensors by name.
+
+Nothing is believed before it is checked: every header is validated against the size of its file, and no name out
+of a checkpoint becomes a path. Weights are not read here; a `TensorInfo` says where they lie.
+Format: https://huggingface.co/docs/safetensors (8 bytes of header length, a JSON header, then the data).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from models.errors import CheckpointError, TensorError, UnsupportedError
+
+# The reference implementation refuses longer headers; far above what 1,000 blocks need.
+MAX_HEADER_BYTES = 100_000_000
+MAX_JSON_BYTES = 500_000_000
+
+ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+_UNREAD_DTYPES = frozenset(
+    ("F64", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2", "C64", "BOOL")
+    + ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8")
+)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies. `shape` as safetensors gives it, outermost first; `offset` in bytes of `path`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A directory with `config.json` and safetensors shards, all headers checked."""
+
+    path: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+
+    @property
+    def architecture(self) -> str:
+        """The first of `architectures`. Raises CheckpointError if the config names none."""
+        names = self.config.get("architectures")
+        if not isinstance(names, list) or not names or not isinstance(names[0], str):
+            raise CheckpointError(
+                f"{self.path / 'config.json'} names no architecture",
+                hint='It should hold a line such as "architectures": ["LlamaForCausalLM"].',
+                path=self.path,
+            )
+        return names[0]
+
+    @cached_property
+    def n_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read the config and every shard's header. Raises CheckpointError, TensorError, UnsupportedError."""
+    if not path.exists():
+        raise CheckpointError(f"no such directory: {path}", path=path)
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path} is not a directory",
+            hint="Give the folder that holds config.json and the *.safetensors shards.",
+            path=path,
+        )
+    config = read_json(path / "config.json")
+    if config is None:
+        raise CheckpointError(
+            f"{path} has no config.json",
+            hint="Is this the folder of a Hugging Face checkpoint? It holds config.json beside the shards.",
+            path=path,
+        )
+    tensors: dict[str, TensorInfo] = {}
+    index = _read_index(path)
+    for shard in _shard_names(path, index):
+        for tensor in _read_header(path / shard):
+            if tensor.name in tensors:
+                raise TensorError(
+                    f"tensor {tensor.name[:200]!r} is in {tensors[tensor.name].path.name} and in {shard}",
+                    tensor=tensor.name,
+                )
+            tensors[tensor.name] = tensor
+    if index is not None:
+        _check_index(index, tensors)
+    if not tensors:
+        raise CheckpointError(f"the shards in {path} hold no tensors", path=path)
+    return Checkpoint(path, config, tensors)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object from a file, or None if there is no such file. Raises CheckpointError."""
+    text = read_text(path)
+    if text is None:
+        return None
+    value = parse_json(text, path)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object", path=path)
+    return value
+
+
+def read_text(path: Path) -> str | None:
+    """A UTF-8 file, or None if there is no such file. Raises CheckpointError."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path} is larger than {MAX_JSON_BYTES:,} bytes", path=path)
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}", path=path) from error
+
+
+def parse_json(text: str | bytes, path: Path) -> Any:
+    """Parse JSON out of `path`. Raises CheckpointError, also for depth and numbers made to break a parser."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        hint = ""
+        head = text[:40] if isinstance(text, str) else text[:40].decode("latin-1")
+        if head.startswith("version https://git-lfs"):
+            hint = "It is a Git LFS pointer: run `git lfs pull` in the checkpoint."
+        raise CheckpointError(f"{path} is not JSON: {reason[:200]}", hint=hint, path=path) from error
+
+
+def _read_index(path: Path) -> Mapping[str, str] | None:
+    """`weight_map` of the index: tensor name -> shard file name, or None if the checkpoint has no index."""
+    index_path = path / "model.safetensors.index.json"
+    index = read_json(index_path)
+    if index is None:
+        return None
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{index_path} has no 'weight_map' from tensor names to shard files", path=index_path)
+    for shard in sorted(set(weight_map.values())):
+        # The one place where a name out of a checkpoint could become a path.
+        if shard != Path(shard).name or shard in ("", ".", "..") or "\\" in shard or "\0" in shard or ":" in shard:
+            raise CheckpointError(
+                f"{index_path} names the shard {shard[:200]!r}, which is not a plain file name",
+                hint="Do not use this checkpoint: its index points outside its own folder.",
+                path=index_path,
+            )
+    return weight_map
+
+
+def _shard_names(path: Path, index: Mapping[str, str] | None) -> list[str]:
+    if index is not None:
+        names = sorted(set(index.values()))
+        missing = [name for name in names if not (path / name).is_file()]
+        if missing:
+            raise CheckpointError(
+                f"{missing[0]} is named in model.safetensors.index.json but is not in {path}",
+                hint=f"{len(missing)} of {len(names)} shards are missing. Fetch the checkpoint again.",
+                path=path / missing[0],
+            )
+        return names
+    names = sorted(entry.name for entry in path.glob("model*.safetensors") if entry.is_file())
+    if names:
+        return names
+    others = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for p in path.glob(pattern))
+    if others:
+        raise UnsupportedError(
+            f"{path} holds {others[0]} but no safetensors shards",
+            hint="Only safetensors checkpoints are converted; most repositories have them under another revision.",
+            path=path,
+        )
+    raise CheckpointError(f"{path} has no model*.safetensors", hint="Are the shards fetched?", path=path)
+
+
+def _read_header(path: Path) -> list[TensorInfo]:
+    """The tensors of one shard, in the order of their data, checked against the size of the file."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            header_bytes = int.from_bytes(prefix, "little")
+            if size < 8:
+                raise CheckpointError(
+                    f"{path} has {size} bytes: no safetensors file", hint="Fetch it again.", path=path
+                )
+            if prefix == b"version ":
+                raise CheckpointError(
+                    f"{path} is a Git LFS pointer", hint="Run `git lfs pull` in the checkpoint.", path=path
+                )
+            if header_bytes > min(size - 8, MAX_HEADER_BYTES):
+                raise CheckpointError(
+                    f"{path}: its header says {header_bytes:,} bytes, the file has {size:,}",
+                    hint="It is cut short or not a safetensors file. Fetch it again.",
+                    path=path,
+                )
+            header = parse_json(file.read(header_bytes), path)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}", path=path) from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: its header is not a JSON object", path=path)
+    header.pop("__metadata__", None)
+    data_start = 8 + header_bytes
+    tensors = [_tensor_info(path, data_start, name, entry) for name, entry in header.items()]
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
+    end = data_start
+    for tensor in tensors:
+        if tensor.offset != end:
+            what = "overlaps the one before it" if tensor.offset < end else "leaves a hole before it"
+            raise _broken(tensor.name, path, f"its data {what}")
+        end += tensor.nbytes
+    if end != size:
+        what = "cut short" if end > size else "longer than its tensors"
+        raise CheckpointError(
+            f"{path} is {what}: its tensors end at byte {end:,}, the file has {size:,}",
+            hint="Fetch it again.",
+            path=path,
+        )
+    return tensors
+
+
+def _tensor_info(path: Path, data_start: int, name: str, entry: object) -> TensorInfo:
+    if not isinstance(entry, dict):
+        raise _broken(name, path, "its header entry is not an object")
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if dtype not in ITEM_BYTES:
+        if dtype in _UNREAD_DTYPES:
+            raise UnsupportedError(
+                f"tensor {name[:200]!r} in {path.name} is {dtype}; BF16, F16 and F32 are converted",
+                hint="Convert the original bf16, f16 or f32 checkpoint.",
+                tensor=name,
+            )
+        raise _broken(name, path, f"its dtype {str(dtype)[:40]!r} is unknown")
+    if not _natural_numbers(shape) or len(shape) > 4:
+        raise _broken(name, path, f"its shape {str(shape)[:80]} is not a list of up to four sizes")
+    if not _natural_numbers(offsets) or len(offsets) != 2:
+        raise _broken(name, path, f"its data_offsets {str(offsets)[:80]} are not two positions")
+    nbytes = offsets[1] - offsets[0]
+    if math.prod(shape) == 0:
+        raise _broken(name, path, f"its shape {shape} is empty")
+    if nbytes != math.prod(shape) * ITEM_BYTES[dtype]:
+        raise _broken(name, path, f"its shape {shape} as {dtype} does not fit its {nbytes:,} bytes")
+    return TensorInfo(name, dtype, tuple(shape), path, data_start + offsets[0], nbytes)
+
+
+def _natural_numbers(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**62 for n in value)
+
+
+def _broken(name: str, path: Path, reason: str) -> TensorError:
+    return TensorError(f"tensor {name[:200]!r} in {path}: {reason}", hint="Fetch the shard again.", tensor=name)
+
+
+def _check_index(index: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> None:
+    for name, shard in index.items():
+        if name not in tensors:
+            raise TensorError(
+                f"tensor {name[:200]!r} is named in the index but is not in {shard}",
+                hint="The shard belongs to another checkpoint, or is cut. Fetch it again.",
+                tensor=name,
+            )
+    for name, tensor in tensors.items():
+        if name not in index:
+            raise TensorError(
+                f"tensor {name[:200]!r} in {tensor.path.name} is not in the index",
+                hint="The shard and model.safetensors.index.json do not belong together.",
+                tensor=name,
+            )

@@ -1,0 +1,155 @@
+"""Hparams and vocabulary to GGUF metadata, key for key what llama.cpp's converter writes.
+
+Source: llama.cpp, conversion/base.py `set_gguf_parameters`, and the class of each architecture.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import gguf
+import yaml
+
+from convert.checkpoint import Checkpoint, read_json
+from convert.gguf_writer import TypedValue
+from convert.tokenizer import Vocabulary
+from models.errors import CheckpointError
+from models.families import ModelFamily
+from models.hparams import Hparams
+
+# CodeLlama is the llama architecture with this many tokens; its fill-in-the-middle tokens stand at fixed ids.
+_CODE_LLAMA_VOCAB = 32016
+_CODE_LLAMA_FIM = {"prefix": 32007, "suffix": 32008, "middle": 32009, "eot": 32010}
+# Granite small models, and SmolLM2: a prompt begins without a BOS token unless the tokenizer adds one itself.
+_NO_BOS_VOCAB = 49152
+
+
+def build_metadata(
+    checkpoint: Checkpoint,
+    family: ModelFamily,
+    hparams: Hparams,
+    *,
+    n_parameters: int,
+    file_type: int,
+    vocabulary: Vocabulary | None,
+) -> Mapping[str, TypedValue]:
+    """Every key of the file in its order. Without a vocabulary: enough for llama.cpp to read the tensors.
+
+    Raises CheckpointError, UnsupportedError.
+    """
+    # Only collects: a writer without a path writes nothing.
+    writer = gguf.GGUFWriter(path=None, arch=family.gguf_arch)
+    writer.add_type(gguf.GGUFType.MODEL)
+    _add_general(writer, checkpoint, n_parameters)
+    _add_hparams(writer, family, hparams)
+    if vocabulary is None:
+        writer.add_vocab_size(hparams.integer("vocab_size"))
+        writer.add_tokenizer_model("no_vocab")
+    else:
+        _add_vocabulary(writer, family, vocabulary)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_file_type(file_type)
+    keys: Mapping[str, TypedValue] = writer.kv_data[0]
+    return keys
+
+
+def _add_general(writer: gguf.GGUFWriter, checkpoint: Checkpoint, n_parameters: int) -> None:
+    """Name, licence, languages and recommended sampling, out of the model card and generation_config.json."""
+    # gguf tells on its logger what it makes of the names; none of it is for the person who converts
+    logging.getLogger("metadata").setLevel(logging.CRITICAL)
+    try:
+        metadata = gguf.Metadata.load(None, checkpoint.path, None, n_parameters)
+    except (yaml.YAMLError, RecursionError, UnicodeDecodeError, TypeError, AttributeError, ValueError, KeyError):
+        # A model card is prose with a header; a broken one costs the names, not the conversion.
+        metadata = gguf.Metadata()
+    metadata.name = str(metadata.name or checkpoint.path.resolve().name)
+    metadata.size_label = metadata.size_label or gguf.size_label(n_parameters, n_parameters, 0, 0)
+    generation = read_json(checkpoint.path / "generation_config.json") or {}
+    penalty = generation.get("penalty_repeat", generation.get("repetition_penalty"))
+    metadata.sampling_penalty_repeat = penalty
+    for name in [name for name in vars(metadata) if name.startswith("sampling_")]:
+        if not _is_sampling_value(name, getattr(metadata, name)):
+            setattr(metadata, name, None)
+    metadata.set_gguf_meta_model(writer)
+
+
+def _is_sampling_value(name: str, value: object) -> bool:
+    if name == "sampling_sequence":
+        return isinstance(value, str)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return False
+    if name in ("sampling_top_k", "sampling_penalty_last_n", "sampling_mirostat"):
+        return isinstance(value, int) and abs(value) < 2**31
+    return True
+
+
+def _add_hparams(writer: gguf.GGUFWriter, family: ModelFamily, hparams: Hparams) -> None:
+    writer.add_block_count(hparams.n_layers)
+    writer.add_context_length(hparams.integer("max_position_embeddings"))
+    writer.add_embedding_length(hparams.integer("hidden_size"))
+    writer.add_feed_forward_length(hparams.integer("intermediate_size"))
+    writer.add_head_count(hparams.n_heads)
+    writer.add_head_count_kv(hparams.n_heads_kv)
+    rope = hparams.rope
+    if rope.type == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope.number("factor"))
+    elif rope.type == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope.number("factor"))
+        writer.add_rope_scaling_orig_ctx_len(int(rope.number("original_max_position_embeddings")))
+        for name, add in (
+            ("extrapolation_factor", writer.add_rope_scaling_yarn_ext_factor),
+            ("attention_factor", writer.add_rope_scaling_yarn_attn_factor),
+            ("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
+            ("beta_slow", writer.add_rope_scaling_yarn_beta_slow),
+        ):
+            if rope.fields.get(name) is not None:
+                add(rope.number(name))
+    writer.add_rope_freq_base(rope.theta)
+    writer.add_layer_norm_rms_eps(hparams.number("rms_norm_eps"))
+    if family.head_dim_key or hparams.get("head_dim") is not None:
+        writer.add_key_length(hparams.head_dim)
+        writer.add_value_length(hparams.head_dim)
+    if "vocab_size" in family.extra_keys:
+        writer.add_vocab_size(hparams.integer("vocab_size"))
+    if "rope.dimension_count" in family.extra_keys:
+        writer.add_rope_dimension_count(hparams.head_dim)
+
+
+def _add_vocabulary(writer: gguf.GGUFWriter, family: ModelFamily, vocabulary: Vocabulary) -> None:
+    if vocabulary.add_space_prefix is not None and family.gguf_arch == "llama":
+        writer.add_add_space_prefix(vocabulary.add_space_prefix)
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    if vocabulary.scores:
+        writer.add_token_scores(vocabulary.scores)
+    writer.add_token_types(vocabulary.types)
+    if vocabulary.merges:
+        writer.add_token_merges(vocabulary.merges)
+    n_vocab, special = len(vocabulary.tokens), vocabulary.special
+    ids, add = dict(special.ids), dict(special.add)
+    if family.gguf_arch == "llama":
+        if n_vocab == _CODE_LLAMA_VOCAB:
+            ids |= _CODE_LLAMA_FIM
+        if n_vocab == _NO_BOS_VOCAB:
+            add.setdefault("bos", False)
+    for kind, token in ids.items():
+        if token < n_vocab:
+            getattr(writer, f"add_{kind}_token_id")(token)
+    for kind, value in add.items():
+        if (add_flag := getattr(writer, f"add_add_{kind}_token", None)) is not None:
+            add_flag(value)
+    if special.chat_template:
+        _add_chat_template(writer, special.chat_template)
+
+
+def _add_chat_template(writer: gguf.GGUFWriter, template: str | list[dict[str, Any]]) -> None:
+    try:
+        writer.add_chat_template(template)
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"the chat templates cannot be stored: {error}") from error

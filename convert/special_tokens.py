@@ -1,0 +1,127 @@
+"""Special tokens, whether they are added to a prompt, and the chat template, from wherever a checkpoint keeps them.
+
+The rules are those of gguf's `SpecialVocab` in the llama.cpp that this version runs on, which the release of gguf on
+the package index does not have yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from convert.checkpoint import read_json, read_text
+from models.errors import TokenizerError
+
+_TYPES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+
+
+@dataclass
+class SpecialTokens:
+    """`ids` by type ("bos", "eos", ...); `add`: whether a prompt begins or ends with one; the chat template is one
+    text or a list of {"name": ..., "template": ...}; `named_tokens`: the texts that the config names."""
+
+    ids: dict[str, int] = field(default_factory=dict)
+    add: dict[str, bool] = field(default_factory=dict)
+    chat_template: str | list[dict[str, str]] | None = None
+    named_tokens: frozenset[str] = frozenset()
+
+
+def read_special_tokens(path: Path, document: Any, config: dict[str, Any] | None) -> SpecialTokens:
+    """From `document` (tokenizer.json, parsed), `config` (tokenizer_config.json) and config.json.
+
+    Raises TokenizerError where a file has not the shape that it must have.
+    """
+    names = {kind: _content((config or {}).get(f"{kind}_token")) for kind in _TYPES}
+    names["bos"] = names["bos"] or (names["cls"] if document else None)
+    names["eos"] = names["eos"] or (names["sep"] if document else None)
+    special = SpecialTokens(chat_template=read_chat_template(path, config))
+    special.named_tokens = frozenset(name for name in names.values() if name)
+    ids_by_text: dict[str, int] = {}
+    if isinstance(document, dict):
+        for entry in document.get("added_tokens") or []:
+            if isinstance(entry, dict) and isinstance(entry.get("content"), str):
+                ids_by_text.setdefault(entry["content"], entry.get("id", -1))
+        if isinstance(document.get("post_processor"), dict):
+            _read_post_processor(special, names, document["post_processor"])
+    for kind, name in names.items():
+        flag = (config or {}).get(f"add_{kind}_token")
+        if isinstance(flag, bool):
+            special.add.setdefault(kind, flag)
+        if config is not None and name in ids_by_text:
+            _set_id(special, kind, ids_by_text[name])
+    model_config = read_json(path / "config.json") or {}
+    text_config = model_config.get("text_config")
+    for kind in names:
+        value = model_config.get(f"{kind}_token_id")
+        if value is None and isinstance(text_config, dict):
+            value = text_config.get(f"{kind}_token_id")
+        _set_id(special, kind, value)
+    return special
+
+
+def _set_id(special: SpecialTokens, kind: str, value: object) -> None:
+    if type(value) is int and 0 <= value < 2**31:
+        special.ids.setdefault(kind, value)
+
+
+def _content(value: object) -> str | None:
+    if isinstance(value, Mapping):
+        value = value.get("content")
+    return value if isinstance(value, str) and value else None
+
+
+def _read_post_processor(
+    special: SpecialTokens, names: dict[str, str | None], post_processor: Mapping[str, Any]
+) -> None:
+    """Which tokens `tokenizers` puts around a text. A new end token moves the old one to `eot`, then to `eom`."""
+    steps = post_processor.get("processors", [post_processor])
+    for step in steps if isinstance(steps, list) else []:
+        kind = step.get("type") if isinstance(step, Mapping) else None
+        if kind == "ByteLevel":
+            special.add.setdefault("bos", False)
+            special.add.setdefault("eos", False)
+        elif kind == "RobertaProcessing":
+            special.add.update(bos=True, eos=True, sep=True)
+        elif kind == "TemplateProcessing":
+            single = step.get("single")
+            if not isinstance(single, list) or len(single) < 2:
+                continue
+            first, last = _template_token(single[0]), _template_token(single[-1])
+            if first:
+                names["bos"] = names["bos"] or first
+                names["cls"] = names["cls"] or first
+                special.add["bos"] = first in (names["bos"], names["cls"])
+            if last:
+                if names["eos"] and last != names["eos"]:
+                    names["eot" if "eot" not in names else "eom"] = names["eos"]
+                names["eos"] = last
+                special.add["eos"] = True
+
+
+def _template_token(step: object) -> str | None:
+    token = step.get("SpecialToken") if isinstance(step, Mapping) else None
+    return _content({"content": token.get("id")}) if isinstance(token, Mapping) else None
+
+
+def read_chat_template(path: Path, config: dict[str, Any] | None) -> str | list[dict[str, str]] | None:
+    """The chat template: in tokenizer_config.json (transformers 4), else chat_template.jinja, else .json."""
+    template = (config or {}).get("chat_template")
+    if template is None:
+        template = read_text(path / "chat_template.jinja")
+        others = sorted((path / "additional_chat_templates").glob("*.jinja"))
+        if template is not None and others:
+            template = [{"name": "default", "template": template}]
+            template += [{"name": other.stem, "template": read_text(other)} for other in others]
+    if template is None:
+        template = (read_json(path / "chat_template.json") or {}).get("chat_template")
+    if template is None or isinstance(template, str):
+        return template
+    if isinstance(template, list) and all(
+        isinstance(t, dict) and isinstance(t.get("name"), str) and isinstance(t.get("template"), str) for t in template
+    ):
+        return template
+    raise TokenizerError(
+        f"{path / 'tokenizer_config.json'}: 'chat_template' is neither a text nor a list of named texts", path=path
+    )
