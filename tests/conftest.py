@@ -1,0 +1,28 @@
+"""What all tests share: a real small model, and a library folder of their own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def starter_model() -> Path:
+    """The GGUF of the starter model, fetched once where it is not there; `HANDMILL_STARTER` names another."""
+    given = os.environ.get("HANDMILL_STARTER")
+    if given:
+        return Path(given)
+    from models.starter import fetch_starter
+
+    # A session's fixture is set up before `own_home`, so this is the person's own library.
+    return fetch_starter()
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No test sees or touches the library of the person who runs it."""
+    home = tmp_path / "handmill-home"
+    monkeypatch.setenv("HANDMILL_HOME", str(home))
+    return home
