@@ -200,7 +200,7 @@ def _failure(build: Build, log: Path) -> str:
     telling = [line for line in lines if re.search(r"\berror\b|No space left|Killed", line, re.IGNORECASE)]
     shown = "".join(f"\n  {line[:200]}" for line in telling[:3])
     without = "\nWithout the GPU: make chat CUDA=0" if "cuda" in build.backends else ""
-    return f"llama.cpp did not compile. The log: {log}{shown}{without}"
+    return f"{PACKAGE} could not be built. The log: {log}{shown}{without}"
 
 
 def _output(command: list[str]) -> str:
