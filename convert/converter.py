@@ -128,8 +128,6 @@ def plan_conversion(source: Path, file_type: FileType = DEFAULT) -> ConversionPl
 
     Raises CheckpointError, UnsupportedError, TensorError, TokenizerError, ConversionFailed.
     """
-    if file_type.needs_matrix:
-        raise quantize.needs_matrix(file_type)
     checkpoint = open_checkpoint(source)
     family = family_of(checkpoint.architecture)
     hparams = Hparams(checkpoint.config, family.defaults)
@@ -163,7 +161,7 @@ def _place(
     hparams: Hparams,
     file_type: FileType,
 ) -> list[PlacedTensor]:
-    """Ask llama.cpp for the type of each tensor and its order, on a hollow file of the types it would quantize from."""
+    """Ask llama.cpp for the type and order of the tensors, on a hollow file of the types it would quantize from."""
     carrier = _carrier(checkpoint)
     unquantized = [
         PlacedTensor(plan, kind, kind, 0, plan.n_rows * kind.row_bytes(plan.row_length))

@@ -46,8 +46,9 @@ def build_metadata(
     _add_general(writer, checkpoint, n_parameters)
     _add_hparams(writer, family, hparams)
     if vocabulary is None:
-        writer.add_vocab_size(hparams.integer("vocab_size"))
         writer.add_tokenizer_model("no_vocab")
+        if "vocab_size" not in family.extra_keys:
+            writer.add_vocab_size(hparams.integer("vocab_size"))
     else:
         _add_vocabulary(writer, family, vocabulary)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -133,19 +134,19 @@ def _add_vocabulary(writer: gguf.GGUFWriter, family: ModelFamily, vocabulary: Vo
         writer.add_token_merges(vocabulary.merges)
     n_vocab, special = len(vocabulary.tokens), vocabulary.special
     ids, add = dict(special.ids), dict(special.add)
-    if family.gguf_arch == "llama":
-        if n_vocab == _CODE_LLAMA_VOCAB:
-            ids |= _CODE_LLAMA_FIM
-        if n_vocab == _NO_BOS_VOCAB:
-            add.setdefault("bos", False)
+    if family.gguf_arch == "llama" and n_vocab == _CODE_LLAMA_VOCAB:
+        ids |= _CODE_LLAMA_FIM
+    # gguf has no key for some kinds ("cls", "prefix"): llama.cpp does not read them
     for kind, token in ids.items():
-        if token < n_vocab:
-            getattr(writer, f"add_{kind}_token_id")(token)
+        if token < n_vocab and (add_id := getattr(writer, f"add_{kind}_token_id", None)) is not None:
+            add_id(token)
     for kind, value in add.items():
         if (add_flag := getattr(writer, f"add_add_{kind}_token", None)) is not None:
             add_flag(value)
     if special.chat_template:
         _add_chat_template(writer, special.chat_template)
+    if family.gguf_arch == "llama" and n_vocab == _NO_BOS_VOCAB and "bos" not in add:
+        writer.add_add_bos_token(False)
 
 
 def _add_chat_template(writer: gguf.GGUFWriter, template: str | list[dict[str, Any]]) -> None:

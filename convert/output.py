@@ -86,9 +86,7 @@ def translated(path: Path) -> Iterator[None]:
 
 
 def _exists(path: Path) -> OutputError:
-    return OutputError(
-        f"{path} is already there", hint="Use --force to replace it, or -o for another name.", path=path
-    )
+    return OutputError(f"{path} is already there", hint="--force replaces it; -o names another.", path=path)
 
 
 def _create_locked(partial: Path, path: Path) -> BinaryIO:

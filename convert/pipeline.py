@@ -126,7 +126,7 @@ def _encode(slab: _Slab) -> NDArray[np.uint8]:
         name = plan.source.name if plan.source else plan.name
         where = f" in {plan.source.path.name}" if plan.source else ""
         raise TensorError(
-            f"tensor {printable(name)!r}{where}: {error} (rows {slab.first_row} to {slab.first_row + slab.n_rows - 1})",
+            f"tensor {printable(name)!r}{where}: {error} (in rows from {slab.first_row})",
             hint="The checkpoint is damaged. Fetch it again." if "NaN" in str(error) else "Choose another --type.",
             tensor=name,
         ) from error

@@ -88,19 +88,15 @@ def choose_tensor_types(hollow: Path, file_type: FileType, n_tensors: int) -> di
     if status != 0:
         raise ConversionFailed(f"llama.cpp cannot plan this model: {'; '.join(log.problems())}")
     if any(_NEEDS_MATRIX in line for line in log.lines):
-        raise needs_matrix(file_type)
+        raise UnsupportedError(
+            f"{file_type.name} needs an importance matrix for this model, which handmill does not make",
+            hint="Take a type that needs none: `handmill convert --type list` shows them.",
+            file_type=file_type.name,
+        )
     types = {m["name"]: tensor_type(m["new"] or m["old"]) for m in _DRY_RUN.finditer("\n".join(log.lines))}
     if len(types) != n_tensors:
         raise ConversionFailed(f"llama.cpp named the types of {len(types)} of {n_tensors} tensors")
     return types
-
-
-def needs_matrix(file_type: FileType) -> UnsupportedError:
-    return UnsupportedError(
-        f"{file_type.name} needs an importance matrix, which handmill does not make",
-        hint="Take a type that needs none: `handmill convert --type list` shows them.",
-        file_type=file_type.name,
-    )
 
 
 def check_structure(hollow: Path, source_names: Mapping[str, str]) -> None:

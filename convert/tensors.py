@@ -71,7 +71,7 @@ def plan_tensors(checkpoint: Checkpoint, family: ModelFamily, hparams: Hparams) 
             raise TensorError(
                 f"tensor {printable(tensor.name)!r} in {tensor.path.name} has no place in a {family.gguf_arch} model "
                 f"of {hparams.n_layers} blocks",
-                hint="The config does not belong to these weights, or the architecture is a variant of the one it names.",
+                hint="The config does not belong to these weights, or they are of a variant of this architecture.",
                 tensor=tensor.name,
             )
         if name in plans:
