@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
 
 import gguf
-import llama_cpp
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -18,6 +16,7 @@ from hypothesis import strategies as st
 from models.errors import ModelFileError
 from models.gguf_file import check_model_file, peek_gguf, read_gguf
 from models.gguf_types import FILE_TYPES, TENSOR_TYPES
+from models.native import shared_library
 from models.text import printable
 
 
@@ -50,15 +49,13 @@ def put(folder: Path, data: bytes) -> Path:
     return path
 
 
-def test_tables_equal_those_of_gguf_and_llama_cpp() -> None:
-    # llama.cpp may know a type before gguf does: of what gguf knows all must be there, and all sizes are ggml's.
-    sizes = gguf.constants.GGML_QUANT_SIZES
-    assert {int(k): (k.name, *v) for k, v in sizes.items()}.items() <= TENSOR_TYPES.items()
+def test_tables_hold_the_names_of_gguf_and_the_sizes_of_llama_cpp() -> None:
+    # llama.cpp may know a type before gguf does; and gguf 0.19.0 has a wrong size for Q8_1, which no file uses.
+    known = {int(t): t.name for t in gguf.constants.GGML_QUANT_SIZES}
+    assert known.items() <= {number: name for number, (name, _, _) in TENSOR_TYPES.items()}.items()
     names = {int(t): re.sub("^(ALL|MOSTLY)_", "", t.name) for t in gguf.LlamaFileType if t.name != "GUESSED"}
     assert names.items() <= FILE_TYPES.items()
-    library = next((Path(llama_cpp.__file__).parent / "lib").glob("*ggml-base.*"))
-    ggml = ctypes.CDLL(str(library))
-    ggml.ggml_type_size.restype = ctypes.c_size_t
+    ggml = shared_library("ggml-base")
     for number, (_, block, size) in TENSOR_TYPES.items():
         assert (ggml.ggml_blck_size(number), ggml.ggml_type_size(number)) == (block, size)
 
