@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,8 @@ CHECK_TEXTS = (
     "ALLCAPS camelCase snake_case kebab-case x²+y³≠z½ €100 £5 ©®™",
 )  # fmt: skip
 
+_FORWARD_TOKENS = 4
+
 # On these llama.cpp is known to part from tokenizers that normalise (it does not), or split marks off letters.
 LIMIT_TEXTS = (
     "de\u0301compose\u0301 e\u0301 a\u0300 n\u0303",
@@ -36,41 +39,49 @@ LIMIT_TEXTS = (
 )
 
 
-def check_file(path: Path, expected_ids: Mapping[str, list[int]], *, threads: int) -> list[str]:
-    """Hold the file against the ids of its Hugging Face tokenizer, and run one forward pass.
+def check_vocabulary(path: Path, expected_ids: Mapping[str, list[int]]) -> list[str]:
+    """Hold the vocabulary of a file against the ids of its Hugging Face tokenizer. The weights may not be there yet.
 
     Returns warnings about known limits of llama.cpp. Raises CheckFailed.
     """
     warnings = []
-    try:
-        with open_vocabulary(path) as vocabulary:
-            for text, expected in expected_ids.items():
-                ids = vocabulary.tokenize(text, add_special=False, parse_special=False)
-                if ids == expected:
-                    continue
-                if text in LIMIT_TEXTS:
-                    warnings.append(
-                        f"llama.cpp tokenizes {text!r} in its own way, other than the model was trained on"
-                    )
-                    continue
-                raise CheckFailed(
-                    f"llama.cpp tokenizes {text!r} to other ids than the checkpoint's tokenizer: "
-                    f"{_first_difference(ids, expected)}",
-                    hint="The model would read your text wrongly. --no-check writes the file all the same.",
-                    text=text,
-                )
-        tokens = next((ids for ids in expected_ids.values() if ids), [0])
-        logits = forward_pass(path, tokens[:16], threads=threads)
-    except CheckFailed:
-        raise
-    except HandmillError as error:
-        raise CheckFailed(f"llama.cpp does not run the file: {error}", hint=error.hint) from error
+    with _translated(), open_vocabulary(path) as vocabulary:
+        for text, expected in expected_ids.items():
+            ids = vocabulary.tokenize(text, add_special=False, parse_special=False)
+            if ids == expected:
+                continue
+            if text in LIMIT_TEXTS:
+                warnings.append(f"llama.cpp tokenizes {text!r} otherwise than the model learnt it (a known limit)")
+                continue
+            raise CheckFailed(
+                f"llama.cpp tokenizes {text!r} to other ids than the checkpoint's tokenizer: "
+                f"{_first_difference(ids, expected)}",
+                hint="The model would read your text wrongly. --no-check writes the file all the same.",
+                text=text,
+            )
+    return warnings
+
+
+def check_computation(path: Path, expected_ids: Mapping[str, list[int]], *, threads: int) -> None:
+    """Run one forward pass over the file. Raises CheckFailed if llama.cpp cannot, or the logits are not finite."""
+    tokens = next((ids for ids in expected_ids.values() if ids), [0])
+    with _translated():
+        logits = forward_pass(path, tokens[:_FORWARD_TOKENS], threads=threads)
     if not np.isfinite(logits).all():
         raise CheckFailed(
             "a forward pass gives NaN or infinite logits",
             hint="The weights do not hold in this type. Try --type BF16 or F32 to see whether they are sound.",
         )
-    return warnings
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except CheckFailed:
+        raise
+    except HandmillError as error:
+        raise CheckFailed(f"llama.cpp does not run the file: {error}", hint=error.hint) from error
 
 
 def _first_difference(ids: list[int], expected: list[int]) -> str:

@@ -22,10 +22,16 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_JSON_BYTES = 500_000_000
 
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
-_UNREAD_DTYPES = frozenset(
-    ("F64", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2", "C64", "BOOL")
-    + ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8")
-)
+_UNREAD_DTYPES = frozenset(("F64", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F6_E2M3", "F6_E3M2", "F4", "C64", "BOOL")) | {
+    "I64",
+    "I32",
+    "I16",
+    "I8",
+    "U64",
+    "U32",
+    "U16",
+    "U8",
+}
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,13 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from convert import metadata, quantize
-from convert.check import CHECK_TEXTS, LIMIT_TEXTS, check_file
+from convert.check import CHECK_TEXTS, LIMIT_TEXTS, check_computation, check_vocabulary
 from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.file_types import DEFAULT, FileType
 from convert.gguf_writer import TensorEntry, header_bytes, padded
@@ -110,16 +111,24 @@ def convert_checkpoint(
     check_output(output, 0, force=force)
     progress("planning", 0, 1)
     plan = plan_conversion(source, file_type)
+    warnings = list(plan.warnings)
     with whole_file(output, plan.n_bytes, force=force) as partial:
         with translated(output), partial.open("r+b") as file:
             file.write(plan.header)
-        write_tensors(
-            plan.tensors, partial, threads=threads, progress=lambda done: progress("encoding", done, plan.n_weights)
-        )
-        warnings = list(plan.warnings)
+        with ThreadPoolExecutor(1) as beside:
+            # The vocabulary is complete now: it is checked while the weights are encoded, and ends that if it fails.
+            vocabulary_check = beside.submit(check_vocabulary, partial, plan.expected_ids if check else {})
+
+            def encoded(n_weights: int) -> None:
+                if vocabulary_check.done():
+                    vocabulary_check.result()
+                progress("encoding", n_weights, plan.n_weights)
+
+            write_tensors(plan.tensors, partial, threads=threads, progress=encoded)
+            warnings += vocabulary_check.result()
         if check:
             progress("checking", plan.n_weights, plan.n_weights)
-            warnings += check_file(partial, plan.expected_ids, threads=threads)
+            check_computation(partial, plan.expected_ids, threads=threads)
     return ConversionReport(output, plan, time.monotonic() - started, check, warnings)
 
 
