@@ -1,0 +1,153 @@
+"""`handmill convert`: a Hugging Face checkpoint to a quantized GGUF file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from models.errors import UsageError
+
+if TYPE_CHECKING:
+    from convert.converter import ConversionPlan, ConversionReport
+    from convert.file_types import FileType
+
+HELP = "convert a Hugging Face checkpoint to a quantized GGUF file"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="a checkpoint directory, or owner/name on the hub")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="the file to write (default: in the library)"
+    )
+    parser.add_argument(
+        "-t", "--type", default="Q4_K_M", metavar="TYPE", help="the file type (default %(default)s; 'list' shows them)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and the final size, write nothing")
+    parser.add_argument("--force", action="store_true", help="replace a file that is already there")
+    parser.add_argument("--no-check", action="store_true", help="do not try the file before it is called done")
+    parser.add_argument("-j", "--threads", type=int, metavar="N", help="threads that encode (default: every core)")
+    parser.add_argument("--json", action="store_true", help="the report as one JSON object on stdout")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress and no report")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.type == "list":
+        _print_types()
+        return 0
+    from convert.file_types import file_type
+
+    kind = file_type(args.type)
+    if args.threads is not None and args.threads < 1:
+        raise UsageError(f"--threads {args.threads}: there must be one at least")
+    from convert.converter import convert_checkpoint, plan_conversion
+
+    source, name = _source(args.source)
+    if args.dry_run:
+        plan = plan_conversion(source, kind)
+        _print_plan(plan, as_json=args.json, quiet=args.quiet)
+        return 0
+    output = args.output or _library_place(name, kind)
+    with _progress(quiet=args.quiet) as progress:
+        report = convert_checkpoint(
+            source,
+            output,
+            kind,
+            force=args.force,
+            check=not args.no_check,
+            threads=args.threads,
+            progress=progress,
+        )
+    for warning in report.warnings:
+        print(f"note: {warning}", file=sys.stderr)
+    _print_report(report, as_json=args.json, quiet=args.quiet)
+    return 0
+
+
+def _source(text: str) -> tuple[Path, str]:
+    """The checkpoint directory, fetched first where `text` is a hub reference, and a name for what is made of it."""
+    path = Path(text)
+    if path.exists() or not _looks_like_reference(text):
+        return path, path.resolve().name
+    from models.hub import fetch_checkpoint, parse_ref
+
+    ref = parse_ref(text)
+    with fetch_progress() as progress:
+        return fetch_checkpoint(ref, progress), ref.name
+
+
+def _library_place(name: str, kind: FileType) -> Path:
+    from models.library import destination, models_folder
+
+    models_folder().mkdir(parents=True, exist_ok=True)
+    return destination(name, kind.name)
+
+
+def _print_types() -> None:
+    from convert.file_types import FILE_TYPES
+
+    print("type        bits per weight (of Llama 3 8B)")
+    for kind in FILE_TYPES.values():
+        if not kind.needs_matrix:
+            print(f"{kind.name:<11} {kind.bits_per_weight:5.2f}")
+    refused = ", ".join(kind.name for kind in FILE_TYPES.values() if kind.needs_matrix)
+    print(f"Refused where the model needs an importance matrix for them: {refused}.")
+
+
+def _print_plan(plan: ConversionPlan, *, as_json: bool, quiet: bool) -> None:
+    tensors = [
+        {"name": t.plan.name, "shape": list(t.plan.shape[::-1]), "type": t.kind.name, "bytes": t.nbytes}
+        for t in plan.tensors
+    ]
+    if as_json:
+        print(json.dumps({**_facts(plan), "tensors": tensors}))
+    elif not quiet:
+        for tensor in tensors:
+            shape = " x ".join(map(str, tensor["shape"]))
+            print(f"{tensor['name']:<32} {shape:>16}  {tensor['type']:<8} {tensor['bytes']:>14,}")
+        print(_summary(plan))
+
+
+def _print_report(report: ConversionReport, *, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        facts = {"path": str(report.path), "seconds": round(report.seconds, 3), "checked": report.checked}
+        print(json.dumps({**facts, **_facts(report.plan), "warnings": report.warnings}))
+    elif not quiet:
+        for total in report.plan.totals:
+            print(f"  {total.kind:<8} {total.n_tensors:>5} tensors {human_bytes(total.n_bytes):>10}")
+        print(f"{_summary(report.plan)}, {report.seconds:.1f} s")
+        print(printable(report.path, 4096))
+
+
+def _facts(plan: ConversionPlan) -> dict[str, object]:
+    return {
+        "file_type": plan.file_type.name,
+        "bytes": plan.n_bytes,
+        "bits_per_weight": round(plan.bits_per_weight, 4),
+        "types": {total.kind: {"tensors": total.n_tensors, "bytes": total.n_bytes} for total in plan.totals},
+    }
+
+
+def _summary(plan: ConversionPlan) -> str:
+    weights = human_count(plan.n_weights)
+    return (
+        f"{plan.file_type.name}: {weights} weights, {human_bytes(plan.n_bytes)}, {plan.bits_per_weight:.2f} bits each"
+    )
+
+
+@contextmanager
+def _progress(*, quiet: bool) -> Iterator[Progress]:
+    """A bar of bytes, rate and time left on a terminal; elsewhere nothing is drawn."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda stage, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Bars(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task("planning", total=None)
+        yield lambda stage, done, total: bars.update(task, description=stage, completed=done, total=total)
