@@ -100,7 +100,9 @@ def _fetch_gguf(listing: Listing, progress: FetchProgress | None) -> Path:
     with _translated(listing.ref):
         for file in _fetch_files(listing, todo, progress, lambda file: targets[file.name]):
             library.remember_origin(targets[file.name], f"{listing.ref.repo}/{file.name}", file.digest)
-    return targets[files[0].name]
+    first = targets[files[0].name]
+    library.remember_alias(str(listing.ref), first)
+    return first
 
 
 def _list(ref: HubRef) -> Listing:

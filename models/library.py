@@ -179,6 +179,20 @@ def find_made_from(source: str, stamp: str = "") -> Path | None:
     return None
 
 
+def remember_alias(text: str, path: Path) -> None:
+    """Note that `text`, a hub reference, led to the library's file `path`, so that it does so without a network."""
+    state = _read_state()
+    state["aliases"][text.casefold()] = path.name
+    _write_state(state)
+
+
+def find_alias(text: str) -> Path | None:
+    """The library's file that `text` led to, if it is still there."""
+    name = _read_state()["aliases"].get(text.casefold())
+    path = models_folder() / Path(name).name if isinstance(name, str) else None
+    return path if path is not None and path.is_file() else None
+
+
 def _read_state() -> dict[str, Any]:
     """A state that is missing or damaged is an empty one: it holds conveniences, never the models."""
     try:
@@ -186,8 +200,7 @@ def _read_state() -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         state = {}
     state = state if isinstance(state, dict) else {}
-    origins = state.get("origins")
-    return state | {"origins": origins if isinstance(origins, dict) else {}}
+    return state | {key: state[key] if isinstance(state.get(key), dict) else {} for key in ("origins", "aliases")}
 
 
 def _write_state(state: dict[str, Any]) -> None:

@@ -111,7 +111,11 @@ def test_remembers_what_was_used_and_where_it_came_from(folder: Path) -> None:
     assert library.origin(folder / "b.gguf") == "owner/name:Q4_K_M"
     assert library.find_made_from("owner/name:Q4_K_M", "stamp") == folder / "b.gguf"
     assert library.find_made_from("owner/name:Q4_K_M", "another") is None
+    library.remember_alias("Owner/Name:Q4_K_M", folder / "b.gguf")
+    assert library.find_alias("owner/name:q4_k_m") == folder / "b.gguf"
+    assert library.find_alias("owner/name") is None
     library.remove_model(library.find_model("b"))
+    assert library.find_alias("owner/name:q4_k_m") is None
     assert library.find_made_from("owner/name:Q4_K_M", "stamp") is None
     (folder / "a.gguf").unlink()
     assert library.last_used() is None

@@ -1,8 +1,8 @@
 """The command line. Here, and only here, an error becomes a message, a hint and an exit code.
 
-Every module of this package that has `add_arguments` is a command: its name is the module's, its help the first line
-of its docstring, its place in the list its `ORDER`. So a command is added by adding a file. Command modules import
-what is heavy inside `run`, since all of them are imported to build the parser.
+Every module of this package that has `add_arguments` is a command: its name is the module's, its line in the help its
+`HELP`, its place there its `ORDER`. So a command is added by adding a file. Command modules import what is heavy
+inside `run`, since all of them are imported to build the parser.
 
 Exit codes: 0 done, 1 a named error, 2 usage, 130 Ctrl-C, 143 SIGTERM.
 """
@@ -84,10 +84,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, module in command_modules():
-        summary = (module.__doc__ or "").partition("\n")[0].rstrip(".")
         sub = commands.add_parser(
             name,
-            help=summary[:1].lower() + summary[1:],
+            help=module.HELP,
             description=module.__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
