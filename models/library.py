@@ -15,6 +15,7 @@ import difflib
 import json
 import os
 import re
+import shutil
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
@@ -113,6 +114,26 @@ def remove_model(model: LibraryModel) -> None:
         del state["last_used"]
     state["origins"].pop(model.path.name, None)
     _write_state(state)
+
+
+def find_checkpoint(text: str) -> Path | None:
+    """The folder of the checkpoint `owner/name`, if it was fetched."""
+    wanted = text.casefold().replace("/", "--", 1)
+    with suppress(OSError):
+        for folder in checkpoints_folder().iterdir():
+            if "/" in text and folder.name.casefold() == wanted and folder.is_dir():
+                return folder
+    return None
+
+
+def remove_checkpoint(folder: Path) -> int:
+    """Delete a fetched checkpoint; the bytes that were freed. Raises OutputError."""
+    freed = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise OutputError(f"cannot remove {printable(folder)}: {error.strerror or error}", path=folder) from error
+    return freed
 
 
 def destination(name: str, file_type: str) -> Path:

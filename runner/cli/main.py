@@ -44,7 +44,7 @@ def console() -> int:
 def main(argv: Sequence[str]) -> int:
     """Run one command line; the exit code. Raises nothing, but for HANDMILL_DEBUG."""
     try:
-        args = build_parser().parse_args(argv)
+        args = parse(argv)
     except SystemExit as stop:  # argparse has said why, or has printed the help
         return stop.code if isinstance(stop.code, int) else 2
     try:
@@ -74,6 +74,18 @@ def main(argv: Sequence[str]) -> int:
             "This is a fault of handmill. HANDMILL_DEBUG=1 shows where it happened.",
         )
         return 1
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments. Raises SystemExit, as argparse does."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest:
+        # argparse gives up on `run MODEL --seed 1 some words`: it has closed the list of words at the option.
+        if not hasattr(args, "prompt") or any(word.startswith("-") for word in rest):
+            parser.error(f"unrecognized arguments: {printable(' '.join(rest))}")
+        args.prompt += rest
+    return args
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,0 +1,121 @@
+"""One reply on stdout, and nothing else there; statistics on stderr where that is a terminal.
+
+What is piped in is appended to the prompt. A model without a chat template is a base model: it continues the text.
+Into a pipe the reply goes as the model gave it; to a terminal, without what a terminal would obey.
+
+--json prints one object instead: text, finish_reason (stop, length or cancelled), prompt_tokens, cached_tokens,
+generated_tokens, load_seconds, prefill_seconds, generate_seconds, gpu_layers, device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+
+from models.errors import UsageError
+from runner.cli.loading import loaded_engine
+from runner.cli.options import add_load_options, add_output_options, add_sampling_options, sampling
+from runner.engine.protocol import Engine, GenerationChunk, GenerationStats, ModelInfo
+
+HELP = "one reply on stdout"
+ORDER = 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="MODEL", help="a GGUF file, a library name, owner/name[:TYPE] or a checkpoint"
+    )
+    parser.add_argument("prompt", nargs="*", metavar="PROMPT", help="what to answer; also read from a pipe")
+    add_sampling_options(parser)
+    add_load_options(parser)
+    add_output_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    prompt = _prompt(args.prompt)
+    with loaded_engine(args) as engine:
+        chunks = _reply(engine, prompt, args)
+        last = _collect(chunks, engine.info) if args.json else _stream(chunks)
+        if not (args.json or args.quiet) and sys.stderr.isatty():
+            print(describe(last.stats, engine.info), file=sys.stderr)
+    return 0
+
+
+def describe(stats: GenerationStats, info: ModelInfo) -> str:
+    """The statistics of one reply, in a line."""
+    prefill = stats.prompt_tokens - stats.cached_tokens
+    rate = prefill / stats.prefill_seconds if stats.prefill_seconds else 0.0
+    return (
+        f"[{stats.generated_tokens} tokens, {stats.tokens_per_second:.1f} tok/s; "
+        f"prompt {stats.prompt_tokens} ({stats.cached_tokens} cached), {rate:.0f} tok/s; "
+        f"loaded in {info.load_seconds:.1f} s on {info.device}]"
+    )
+
+
+def _prompt(words: list[str]) -> str:
+    """The words of the command line, and below them what was piped in."""
+    typed = " ".join(words)
+    piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
+    prompt = "\n\n".join(part for part in (typed, piped.rstrip("\n")) if part)
+    if not prompt:
+        raise UsageError("there is no prompt", hint="Give one as an argument, or pipe it in.")
+    return prompt
+
+
+def _reply(engine: Engine, prompt: str, args: argparse.Namespace) -> Iterator[GenerationChunk]:
+    settings = sampling(args, engine.default_sampling)
+    if not engine.has_chat_template:
+        if args.system and not args.quiet:
+            print("note: a base model has no system prompt; --system is left out", file=sys.stderr)
+        return engine.generate(engine.encode_text(prompt), settings)
+    from runner.session import ChatSession
+
+    return ChatSession(engine, args.system, settings).reply(prompt)
+
+
+def _stream(chunks: Iterator[GenerationChunk]) -> GenerationChunk:
+    """Write the reply as it comes; the last chunk."""
+    from runner.chat.render import TerminalFilter
+
+    on_terminal = sys.stdout.isatty()
+    terminal = TerminalFilter()
+    last = GenerationChunk("", None)
+    column_zero = True
+    try:
+        for last in chunks:
+            if text := terminal.feed(last.text) if on_terminal else last.text:
+                sys.stdout.write(text)
+                sys.stdout.flush()
+                column_zero = text.endswith("\n")
+    finally:
+        if on_terminal and not column_zero:
+            sys.stdout.write("\n")
+    return last
+
+
+def _collect(chunks: Iterator[GenerationChunk], info: ModelInfo) -> GenerationChunk:
+    last = GenerationChunk("", None)
+    pieces = []
+    for last in chunks:
+        pieces.append(last.text)
+    print(json.dumps(report("".join(pieces), last, info), ensure_ascii=False))
+    return last
+
+
+def report(text: str, last: GenerationChunk, info: ModelInfo) -> dict[str, object]:
+    """The documented object of one reply. Times in seconds."""
+    stats = last.stats
+    return {
+        "text": text,
+        "finish_reason": last.finish_reason,
+        "prompt_tokens": stats.prompt_tokens,
+        "cached_tokens": stats.cached_tokens,
+        "generated_tokens": stats.generated_tokens,
+        "load_seconds": round(info.load_seconds, 6),
+        "prefill_seconds": round(stats.prefill_seconds, 6),
+        "generate_seconds": round(stats.generate_seconds, 6),
+        "gpu_layers": info.gpu_layers,
+        "device": info.device,
+    }
