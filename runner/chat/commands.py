@@ -1,0 +1,136 @@
+"""The chat's slash commands: one registry for dispatch, completion and /help.
+
+A line that begins with a slash and a word is a command; `//` at its beginning stands for a slash of a message. A
+path such as `/etc/hosts` is no command, since no command has a second slash.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from models.errors import UsageError
+from models.text import printable
+
+if TYPE_CHECKING:
+    from runner.session import ChatSession
+
+_COMMAND = re.compile(r"/([A-Za-z?]\w*)(?:\s+(.*))?", re.DOTALL)
+
+
+class Chat(Protocol):
+    """What a command may do to the chat that it was typed into."""
+
+    @property
+    def session(self) -> ChatSession: ...
+
+    def say(self, text: str) -> None:
+        """Tell the person something that is not of the conversation."""
+        ...
+
+    def leave(self) -> None:
+        """End the chat after this command."""
+        ...
+
+
+@dataclass(frozen=True)
+class Command:
+    """`argument` is how /help shows it; empty for a command that takes none."""
+
+    name: str
+    summary: str
+    run: Callable[[Chat, str], None]
+    argument: str = ""
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def usage(self) -> str:
+        return f"/{self.name} {self.argument}".rstrip()
+
+
+@dataclass(frozen=True)
+class Call:
+    """A command as it was typed."""
+
+    command: Command
+    argument: str
+
+    def __call__(self, chat: Chat) -> None:
+        self.command.run(chat, self.argument)
+
+
+def parse(line: str) -> Call | str:
+    """The command that `line` calls, or the message that it is. Raises UsageError for a command there is not."""
+    match = _COMMAND.fullmatch(line.strip())
+    if match is None:
+        return line[1:] if line.startswith("//") else line
+    command = _BY_NAME.get(match[1].lower())
+    if command is None:
+        raise UsageError(f"there is no command /{printable(match[1], 40)}", hint="/help lists what there is.")
+    argument = (match[2] or "").strip()
+    if argument and not command.argument:
+        raise UsageError(
+            f"/{command.name} takes nothing after it", hint="A // at the beginning sends it as a message."
+        )
+    return Call(command, argument)
+
+
+def completions(text: str) -> Iterator[Command]:
+    """The commands that the beginning of a line, `text`, may become."""
+    if text.startswith("/"):
+        for command in COMMANDS:
+            if any(name.startswith(text[1:].lower()) for name in (command.name, *command.aliases)):
+                yield command
+
+
+def _help(chat: Chat, _: str) -> None:
+    width = max(len(command.usage) for command in COMMANDS)
+    lines = [f"{command.usage:<{width}}  {command.summary}" for command in COMMANDS]
+    keys = (
+        ("Enter", "send"),
+        ("Alt-Enter", "a new line (also Esc Enter, Ctrl-J)"),
+        ("Ctrl-C", "stop the reply and keep what came"),
+        ("Ctrl-D", "leave"),
+    )
+    chat.say("\n".join([*lines, "", *(f"{key:<{width}}  {what}" for key, what in keys)]))
+
+
+def _clear(chat: Chat, _: str) -> None:
+    chat.session.clear()
+    chat.say("The conversation begins anew.")
+
+
+def _system(chat: Chat, argument: str) -> None:
+    if argument:
+        chat.session.set_system(None if argument == "off" else argument)
+        chat.say("No system prompt." if argument == "off" else "The system prompt is set.")
+        return
+    system = next((m.content for m in chat.session.messages if m.role == "system"), None)
+    chat.say("No system prompt." if system is None else system)
+
+
+def _exit(chat: Chat, _: str) -> None:
+    chat.leave()
+
+
+COMMANDS = (
+    Command("help", "show this", _help, aliases=("h", "?")),
+    Command("clear", "forget the conversation, keep the system prompt", _clear, aliases=("new",)),
+    Command("system", "set the system prompt; alone, show it", _system, argument="[TEXT|off]"),
+    Command("exit", "leave", _exit, aliases=("quit", "q", "bye")),
+)
+
+
+def _by_name(commands: tuple[Command, ...]) -> dict[str, Command]:
+    table: dict[str, Command] = {}
+    for command in commands:
+        for name in (command.name, *command.aliases):
+            if name in table:
+                raise ValueError(f"two commands are called /{name}")
+            table[name] = command
+    return table
+
+
+_BY_NAME = _by_name(COMMANDS)

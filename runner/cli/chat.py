@@ -1,0 +1,58 @@
+"""Talk with a model in the terminal.
+
+Where stdin is no terminal, each of its lines is a message and is answered on stdout.
+
+--json is for other programs: JSON lines in, JSON lines out. A request has any of `text` (a message), `system` (a
+string, or null for none) and `clear` (true: forget the conversation); they take effect in the order clear, system,
+text. Answers, told apart by `type`: `chunk` (text) while the reply comes; `reply` with the fields of `handmill run
+--json` at its end; `done` for a request without text; `error` (error, message, hint), after which the chat goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from models.errors import TemplateError
+from runner.cli.loading import loaded_engine
+from runner.cli.options import add_load_options, add_output_options, add_sampling_options, sampling
+
+HELP = "talk, in the terminal"
+ORDER = 10
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="a GGUF file, a library name, owner/name[:TYPE] or a checkpoint directory (default: the last one used)",
+    )
+    add_sampling_options(parser)
+    add_load_options(parser)
+    add_output_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    with loaded_engine(args) as engine:
+        if not engine.has_chat_template:
+            raise TemplateError(
+                f"{engine.info.name} is a base model: it has no chat template, so it cannot take turns",
+                hint="`handmill run MODEL PROMPT` lets it continue a text.",
+            )
+        from runner.session import ChatSession
+
+        session = ChatSession(engine, args.system, sampling(args, engine.default_sampling))
+        if args.json:
+            from runner.chat.lines import JsonChat
+            from runner.cli.run import report
+
+            return JsonChat(session, lambda text, last: report(text, last, engine.info)).run(sys.stdin)
+        if not (sys.stdin.isatty() and sys.stdout.isatty()):
+            from runner.chat.lines import LineChat
+
+            return LineChat(session).run(sys.stdin)
+        from models.library import home
+        from runner.chat.app import ChatApp
+
+        return ChatApp(session, engine, history=home() / "history").run()
