@@ -35,6 +35,7 @@ __all__ = [
     "forward_pass",
     "library",
     "load_model",
+    "model_metadata",
     "open_vocabulary",
     "run_interruptibly",
     "set_verbose",
@@ -105,7 +106,8 @@ def run_interruptibly(work: Callable[[], Result], stop: Callable[[], None] = lam
     thread = threading.Thread(target=body, name="handmill-native", daemon=True)
     thread.start()
     try:
-        thread.join()
+        while thread.is_alive():
+            thread.join(0.1)  # on Windows only a wait that ends lets Ctrl-C through
     except BaseException:
         stop()
         thread.join()
@@ -126,6 +128,25 @@ def load_model(path: Path, params: Any) -> Any:
         said = "; ".join(log.problems())
         raise LoadError(f"llama.cpp cannot load {path.name}: {said}", path=path, log=tuple(log.tail(20)))
     return model
+
+
+def model_metadata(model: Any) -> dict[str, str]:
+    """All keys of a loaded model but the arrays, as llama.cpp writes their values."""
+    lib = library()
+
+    def read(function: Callable[..., int], index: int) -> str:
+        room = 256
+        while True:
+            buffer = ctypes.create_string_buffer(room)
+            n = function(model, index, buffer, room)
+            if n < room:
+                return buffer.value.decode("utf-8", "replace")
+            room = n + 1
+
+    return {
+        read(lib.llama_model_meta_key_by_index, i): read(lib.llama_model_meta_val_str_by_index, i)
+        for i in range(lib.llama_model_meta_count(model))
+    }
 
 
 def cpu_model_params() -> Any:

@@ -76,6 +76,7 @@ class ModelInfo:
     n_ctx: int
     n_ctx_train: int
     n_layers: int
+    """Layers that can be placed, as llama.cpp counts them: every block, and the output as one more."""
     gpu_layers: int
     device: str
     load_seconds: float
@@ -109,9 +110,10 @@ class Engine(Protocol):
         ...
 
     def generate(self, tokens: Sequence[int], sampling: Sampling) -> Iterator[GenerationChunk]:
-        """Continue `tokens`. Raises ContextOverflow, GenerationError.
+        """Continue `tokens`. Raises ContextOverflow, GenerationError, at once or while it is iterated.
 
-        What the cache already holds of `tokens` is not computed again (`stats.cached_tokens`).
+        Close or exhaust the iterator before the next call. What the cache already holds of `tokens` is not
+        computed again (`stats.cached_tokens`).
         """
         ...
 
@@ -131,6 +133,8 @@ class LoadOptions:
     threads: int | None = None
     vram: int | None = None
     parse_special: bool = False
+    repack: bool = True
+    """Lay weights out anew where the CPU computes faster so: more private memory, other rounding."""
     verbose: bool = False
 
 

@@ -1,0 +1,22 @@
+"""Bytes of tokens to text that never shows half a character."""
+
+from __future__ import annotations
+
+import codecs
+
+
+class TextStream:
+    """Collects the bytes of tokens and gives out whole characters.
+
+    A character may be spread over several tokens: its bytes wait for the rest. Bytes that can no longer become
+    a character turn into U+FFFD; unfinished ones do so only in `finish()`.
+    """
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, data: bytes) -> str:
+        return self._decoder.decode(data)
+
+    def finish(self) -> str:
+        return self._decoder.decode(b"", final=True)
