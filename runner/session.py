@@ -5,7 +5,7 @@ Knows nothing of terminals and nothing of llama.cpp.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 from models.errors import ContextOverflow
 from runner.engine.protocol import Engine, GenerationChunk, GenerationStats, Message, Sampling
@@ -55,9 +55,9 @@ class ChatSession:
         pieces: list[str] = []
         tokens: list[int] = []
         complete = False
+        chunks = self._generate()
         try:
-            prompt = self.engine.encode_chat(self.messages)
-            for chunk in self._generate(prompt):
+            for chunk in chunks:
                 pieces.append(chunk.text)
                 if chunk.token is not None:
                     tokens.append(chunk.token)
@@ -71,8 +71,11 @@ class ChatSession:
         except BaseException:
             self._keep(before, pieces, tokens, complete)
             raise
+        finally:
+            chunks.close()  # the engine is free again, whatever still holds this frame
 
-    def _generate(self, prompt: list[int]) -> Iterator[GenerationChunk]:
+    def _generate(self) -> Generator[GenerationChunk, None, None]:
+        prompt = self.engine.encode_chat(self.messages)
         try:
             yield from self.engine.generate(prompt, self.sampling)
         except ContextOverflow as error:

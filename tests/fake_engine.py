@@ -81,7 +81,7 @@ class FakeEngine:
         self.prompts.append(list(tokens))
         self.samplings.append(sampling)
         self.cancelled.clear()
-        if len(tokens) >= self._info.n_ctx:
+        if len(tokens) > self._info.n_ctx:
             raise ContextOverflow(
                 f"the prompt has {len(tokens)} tokens, the context {self._info.n_ctx}",
                 prompt_tokens=len(tokens),
