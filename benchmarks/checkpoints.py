@@ -25,7 +25,15 @@ from typing import BinaryIO
 
 import numpy as np
 
-__all__ = ["Shape", "llama_tensors", "make_llama", "make_qwen2", "qwen2_tensors", "write_checkpoint"]
+__all__ = [
+    "Shape",
+    "llama_tensors",
+    "make_llama",
+    "make_qwen2",
+    "qwen2_tensors",
+    "write_checkpoint",
+    "write_qwen2_tokenizer",
+]
 
 Tensors = Mapping[str, tuple[int, ...]]
 _SLAB = 1 << 22  # weights drawn at a time
@@ -81,7 +89,7 @@ def make_qwen2(folder: Path, shape: Shape = QWEN2, shards: int = 8, seed: int = 
             "use_sliding_window": False,
         },
     )
-    _write_qwen2_tokenizer(folder)
+    write_qwen2_tokenizer(folder)
     write_checkpoint(folder, qwen2_tensors(shape), shards, seed)
 
 
@@ -236,7 +244,8 @@ def _to_bf16(values: np.ndarray[tuple[int], np.dtype[np.float32]]) -> np.ndarray
     return (bits >> 16).astype(np.uint16)
 
 
-def _write_qwen2_tokenizer(folder: Path) -> None:
+def write_qwen2_tokenizer(folder: Path) -> None:
+    """The tokenizer of Qwen2, out of the vocabulary of Qwen 1: tokenizer.json and tokenizer_config.json."""
     ranks = _read_tiktoken(_member_of_wheel("dashscope", "dashscope/resources/qwen.tiktoken"))
     letters = _byte_letters()
     spell = {token: "".join(letters[byte] for byte in token) for token in ranks}

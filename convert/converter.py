@@ -35,7 +35,7 @@ from models.hparams import Hparams
 
 Stage = Literal["planning", "encoding", "checking"]
 Progress = Callable[[Stage, int, int], None]
-"""Told the stage, the weights done and all weights."""
+"""Told the stage, the bytes of the checkpoint that are done, and all of them."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,16 @@ class ConversionPlan:
     tensors: tuple[PlacedTensor, ...]
     header: bytes
     expected_ids: dict[str, list[int]]
+    known_limits: frozenset[str]
     warnings: tuple[str, ...]
+
+    @property
+    def n_vocab(self) -> int:
+        return next(tensor.plan.shape[0] for tensor in self.tensors if tensor.plan.name == "token_embd.weight")
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(tensor.plan.source.nbytes for tensor in self.tensors if tensor.plan.source is not None)
 
     @property
     def n_bytes(self) -> int:
@@ -117,18 +126,24 @@ def convert_checkpoint(
             file.write(plan.header)
         with ThreadPoolExecutor(1) as beside:
             # The vocabulary is complete now: it is checked while the weights are encoded, and ends that if it fails.
-            vocabulary_check = beside.submit(check_vocabulary, partial, plan.expected_ids if check else {})
+            checked = beside.submit(check_vocabulary, partial, plan.expected_ids, plan.known_limits) if check else None
 
-            def encoded(n_weights: int) -> None:
-                if vocabulary_check.done():
-                    vocabulary_check.result()
-                progress("encoding", n_weights, plan.n_weights)
+            def encoded(n_bytes: int) -> None:
+                if checked is not None and checked.done():
+                    checked.result()
+                progress("encoding", n_bytes, plan.source_bytes)
 
             write_tensors(plan.tensors, partial, threads=threads, progress=encoded)
-            warnings += vocabulary_check.result()
+            warnings += checked.result() if checked is not None else []
         if check:
-            progress("checking", plan.n_weights, plan.n_weights)
-            check_computation(partial, plan.expected_ids, threads=threads)
+            progress("checking", plan.source_bytes, plan.source_bytes)
+            check_computation(
+                partial,
+                plan.expected_ids,
+                architecture=plan.family.gguf_arch,
+                n_vocab=plan.n_vocab,
+                threads=threads,
+            )
     return ConversionReport(output, plan, time.monotonic() - started, check, warnings)
 
 
@@ -146,6 +161,7 @@ def plan_conversion(source: Path, file_type: FileType = DEFAULT) -> ConversionPl
     vocabulary = read_vocabulary(source, hparams.integer("vocab_size"), (*CHECK_TEXTS, *LIMIT_TEXTS))
     header = _header(placed, checkpoint, family, hparams, file_type.id, vocabulary)
     expected_ids, notes = vocabulary.expected_ids, _vocabulary_notes(vocabulary)
+    limits = frozenset(text for text in expected_ids if vocabulary.prefix_if_absent and text.startswith(" "))
     del vocabulary
     _release_memory()
     offset = len(header)
@@ -153,7 +169,9 @@ def plan_conversion(source: Path, file_type: FileType = DEFAULT) -> ConversionPl
     for tensor in placed:
         at.append(PlacedTensor(tensor.plan, tensor.kind, tensor.carrier, offset, tensor.nbytes))
         offset += padded(tensor.nbytes)
-    return ConversionPlan(checkpoint, family, file_type, tuple(at), header, expected_ids, notes)
+    return ConversionPlan(
+        checkpoint, family, file_type, tuple(at), header, expected_ids, limits.union(LIMIT_TEXTS), notes
+    )
 
 
 def available_cores() -> int:

@@ -46,11 +46,16 @@ class _Slab:
     first_row: int
     n_rows: int
 
+    @property
+    def source_bytes(self) -> int:
+        source = self.tensor.plan.source
+        return self.n_rows * self.tensor.plan.row_length * ITEM_BYTES[source.dtype] if source else 0
+
 
 def write_tensors(
     tensors: Sequence[PlacedTensor], path: Path, *, threads: int, progress: Callable[[int], None]
 ) -> None:
-    """Encode all tensors into the file at `path`. `progress` is told the weights done, in the calling thread.
+    """Encode all tensors into the file at `path`. `progress` is told the bytes read, in the calling thread.
 
     Raises TensorError (NaN or infinity, a shard that shrank), OutputError, ConversionFailed.
     """
@@ -62,7 +67,7 @@ def write_tensors(
             worker.start()
         while any(worker.is_alive() for worker in workers):
             time.sleep(_POLL_SECONDS) if len(workers) > 1 else workers[0].join(_POLL_SECONDS)
-            progress(work.weights_done)
+            progress(work.bytes_read)
     finally:
         # Ctrl-C lands here too: the slabs under way end, no new one begins.
         work.stop = True
@@ -88,7 +93,7 @@ class _Work:
     def __init__(self, slabs: Iterator[_Slab]) -> None:
         self._slabs = slabs
         self._lock = threading.Lock()
-        self.weights_done = 0
+        self.bytes_read = 0
         self.error: Exception | None = None
         self.stop = False
 
@@ -104,7 +109,7 @@ class _Work:
                         while rest:
                             rest = rest[file.write(rest) :]
                     with self._lock:
-                        self.weights_done += slab.n_rows * tensor.plan.row_length
+                        self.bytes_read += slab.source_bytes
         except Exception as error:  # carried to the thread that waits, and raised there
             with self._lock:
                 self.error = self.error or error

@@ -98,11 +98,27 @@ def _read_post_processor(
                     names["eot" if "eot" not in names else "eom"] = names["eos"]
                 names["eos"] = last
                 special.add["eos"] = True
+            between = _between_texts(step.get("pair"), first, last)
+            if between:
+                separators = {name for name in (names["sep"], names["eos"]) if name}
+                special.add["sep"] = (between[0] in separators and not last) or between[1:] in [
+                    [s] for s in separators
+                ]
 
 
 def _template_token(step: object) -> str | None:
     token = step.get("SpecialToken") if isinstance(step, Mapping) else None
     return _content({"content": token.get("id")}) if isinstance(token, Mapping) else None
+
+
+def _between_texts(pair: object, first: str | None, last: str | None) -> list[str | None]:
+    """What stands between the two texts of a pair template, without the tokens around the whole."""
+    steps = list(pair) if isinstance(pair, list) else []
+    if steps and first and _template_token(steps[0]) == first:
+        steps = steps[1:]
+    if steps and last and _template_token(steps[-1]) == last:
+        steps = steps[:-1]
+    return [_template_token(step) for step in steps[1:-1]]
 
 
 def read_chat_template(path: Path, config: dict[str, Any] | None) -> str | list[dict[str, str]] | None:

@@ -134,12 +134,13 @@ def _llama3_rope_factors(hparams: Hparams) -> NDArray[np.float32]:
     """What each rotary frequency is divided by, [head_dim / 2].
 
     Source: transformers, modeling_rope_utils.py `_compute_llama3_parameters`; llama.cpp wants factors instead of
-    frequencies. In float32, in that order, as llama.cpp's converter computes them.
+    frequencies. In float32 step by step, as llama.cpp's converter computes them, but for the power, which is rounded
+    from float64: torch's own may be off by a last bit, which no Llama 3 config shows.
     """
     rope = hparams.rope
     dim = hparams.head_dim
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
-    frequencies = np.float32(1.0) / np.power(np.float32(rope.theta), exponents)
+    frequencies = np.float32(1.0) / np.power(rope.theta, exponents.astype(np.float64)).astype(np.float32)
     factor = rope.number("factor", 8.0)
     low, high = rope.number("low_freq_factor", 1.0), rope.number("high_freq_factor", 4.0)
     trained_context = rope.number("original_max_position_embeddings", 8192)

@@ -43,6 +43,7 @@ class Vocabulary:
     """What becomes `tokenizer.*` in the file, with the ids that the self-check expects.
 
     `tokens`, `types` and `scores` (SentencePiece only) have one entry for each row of the embedding.
+    `prefix_if_absent`: a space is put before a text unless it begins with one; llama.cpp puts it always.
     """
 
     model: Literal["gpt2", "llama"]
@@ -54,6 +55,7 @@ class Vocabulary:
     merges: list[bytes] = field(default_factory=list)
     add_space_prefix: bool | None = None
     expected_ids: dict[str, list[int]] = field(default_factory=dict)
+    prefix_if_absent: bool = False
 
     @property
     def n_padding(self) -> int:
@@ -81,6 +83,7 @@ def read_vocabulary(path: Path, n_vocab: int, check_texts: Sequence[str]) -> Voc
         vocabulary = _read_byte_level_bpe(path, tokenizer, document, config, n_vocab, special)
     else:
         vocabulary = _read_llama_bpe(path, tokenizer, document, config, n_vocab, special)
+    vocabulary.prefix_if_absent = vocabulary.model == "llama" and _is_metaspace(document)
     prefix = config.get("add_prefix_space")
     vocabulary.add_space_prefix = prefix if isinstance(prefix, bool) else None
     _check_padding(path, vocabulary, n_vocab)
@@ -130,6 +133,11 @@ def _is_byte_level(document: Mapping[str, Any], path: Path) -> bool:
             path=path,
         )
     return model.get("byte_fallback") is not True
+
+
+def _is_metaspace(document: Mapping[str, Any] | None) -> bool:
+    pre_tokenizer = (document or {}).get("pre_tokenizer")
+    return isinstance(pre_tokenizer, dict) and pre_tokenizer.get("type") == "Metaspace"
 
 
 def _load_tokenizer(path: Path, text: str) -> Any:

@@ -11,7 +11,7 @@ import atexit
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
@@ -265,18 +265,37 @@ def open_vocabulary(path: Path) -> Iterator[Vocabulary]:
         lib.llama_model_free(model)
 
 
-def forward_pass(path: Path, tokens: Sequence[int], *, threads: int) -> NDArray[np.float32]:
+def _kv_overrides(values: Mapping[str, int | str]) -> Any:
+    """A list for `llama_model_params.kv_overrides`, which an empty key ends."""
+    lib = library()
+    entries = (lib.llama_model_kv_override * (len(values) + 1))()
+    for entry, (key, value) in zip(entries, values.items(), strict=False):
+        entry.key = key.encode()
+        if isinstance(value, str):
+            entry.tag, entry.value.val_str = lib.LLAMA_KV_OVERRIDE_TYPE_STR, value.encode()
+        else:
+            entry.tag, entry.value.val_i64 = lib.LLAMA_KV_OVERRIDE_TYPE_INT, value
+    return entries
+
+
+def forward_pass(
+    path: Path, tokens: Sequence[int], *, threads: int, overrides: Mapping[str, int | str] | None = None
+) -> NDArray[np.float32]:
     """Logits [n_vocab] of the last of `tokens`, computed on the CPU from the mapped file.
 
-    Private memory stays small: the weights are neither copied nor repacked. Raises LoadError and
-    GenerationError.
+    Private memory stays small: the weights are neither copied nor repacked. The cache is F32 and attention is
+    computed step by step, so that the logits can be held against those of another implementation. `overrides` are
+    metadata taken instead of the file's. Raises LoadError and GenerationError.
     """
     import numpy as np
 
     lib = library()
     if not tokens:
         raise ValueError("a forward pass needs at least one token")
-    model = load_model(path, cpu_model_params())
+    model_params = cpu_model_params()
+    if overrides:
+        model_params.kv_overrides = _kv_overrides(overrides)
+    model = load_model(path, model_params)
     context = None
     try:
         params = lib.llama_context_default_params()
@@ -284,6 +303,8 @@ def forward_pass(path: Path, tokens: Sequence[int], *, threads: int) -> NDArray[
         params.n_batch = params.n_ubatch = len(tokens)
         params.n_threads = params.n_threads_batch = threads
         params.offload_kqv = params.op_offload = False
+        params.type_k = params.type_v = lib.GGML_TYPE_F32
+        params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
         with capture_log() as log:
             context = lib.llama_init_from_model(model, params)
             if not context:

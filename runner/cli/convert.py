@@ -6,25 +6,28 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from models.errors import UsageError
+from models.text import human_bytes, human_count, printable
 
 if TYPE_CHECKING:
     from convert.converter import ConversionPlan, ConversionReport
     from convert.file_types import FileType
 
 HELP = "convert a Hugging Face checkpoint to a quantized GGUF file"
+ORDER = 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="a checkpoint directory, or owner/name on the hub")
+    parser.add_argument("source", metavar="SOURCE", nargs="?", help="a checkpoint directory, or owner/name on the hub")
     parser.add_argument(
         "-o", "--output", type=Path, metavar="FILE", help="the file to write (default: in the library)"
     )
-    parser.add_argument(
+    kind = parser.add_argument(
         "-t", "--type", default="Q4_K_M", metavar="TYPE", help="the file type (default %(default)s; 'list' shows them)"
     )
+    kind.completer = _complete_type  # type: ignore[attr-defined]  # read by argcomplete
     parser.add_argument("--dry-run", action="store_true", help="print the plan and the final size, write nothing")
     parser.add_argument("--force", action="store_true", help="replace a file that is already there")
     parser.add_argument("--no-check", action="store_true", help="do not try the file before it is called done")
@@ -40,17 +43,23 @@ def run(args: argparse.Namespace) -> int:
     from convert.file_types import file_type
 
     kind = file_type(args.type)
+    if args.source is None:
+        raise UsageError(
+            "convert what?", hint="handmill convert SOURCE: a checkpoint directory, or owner/name on the hub."
+        )
     if args.threads is not None and args.threads < 1:
         raise UsageError(f"--threads {args.threads}: there must be one at least")
     from convert.converter import convert_checkpoint, plan_conversion
+    from runner.cli.progress import ProgressLine
+    from runner.cli.resolve import checkpoint_source
 
-    source, name = _source(args.source)
+    source, name = checkpoint_source(args.source, args.quiet)
     if args.dry_run:
         plan = plan_conversion(source, kind)
-        _print_plan(plan, as_json=args.json, quiet=args.quiet)
+        _print_plan(plan, as_json=args.json)
         return 0
     output = args.output or _library_place(name, kind)
-    with _progress(quiet=args.quiet) as progress:
+    with ProgressLine(args.quiet) as line:
         report = convert_checkpoint(
             source,
             output,
@@ -58,24 +67,22 @@ def run(args: argparse.Namespace) -> int:
             force=args.force,
             check=not args.no_check,
             threads=args.threads,
-            progress=progress,
+            progress=lambda stage, done, total: line.show(stage, done, total, human_bytes),
         )
-    for warning in report.warnings:
-        print(f"note: {warning}", file=sys.stderr)
+    for warning in () if args.quiet else report.warnings:
+        print(f"note: {printable(warning, 1000)}", file=sys.stderr)
     _print_report(report, as_json=args.json, quiet=args.quiet)
     return 0
 
 
-def _source(text: str) -> tuple[Path, str]:
-    """The checkpoint directory, fetched first where `text` is a hub reference, and a name for what is made of it."""
-    path = Path(text)
-    if path.exists() or not _looks_like_reference(text):
-        return path, path.resolve().name
-    from models.hub import fetch_checkpoint, parse_ref
+def _complete_type(prefix: str, **_: object) -> dict[str, str]:
+    from convert.file_types import FILE_TYPES
 
-    ref = parse_ref(text)
-    with fetch_progress() as progress:
-        return fetch_checkpoint(ref, progress), ref.name
+    return {
+        kind.name: f"{kind.bits_per_weight:.2f} bits per weight"
+        for kind in FILE_TYPES.values()
+        if not kind.needs_matrix and kind.name.startswith(prefix.upper())
+    }
 
 
 def _library_place(name: str, kind: FileType) -> Path:
@@ -96,14 +103,14 @@ def _print_types() -> None:
     print(f"Refused where the model needs an importance matrix for them: {refused}.")
 
 
-def _print_plan(plan: ConversionPlan, *, as_json: bool, quiet: bool) -> None:
-    tensors = [
+def _print_plan(plan: ConversionPlan, *, as_json: bool) -> None:
+    tensors: list[dict[str, Any]] = [
         {"name": t.plan.name, "shape": list(t.plan.shape[::-1]), "type": t.kind.name, "bytes": t.nbytes}
         for t in plan.tensors
     ]
     if as_json:
         print(json.dumps({**_facts(plan), "tensors": tensors}))
-    elif not quiet:
+    else:
         for tensor in tensors:
             shape = " x ".join(map(str, tensor["shape"]))
             print(f"{tensor['name']:<32} {shape:>16}  {tensor['type']:<8} {tensor['bytes']:>14,}")
@@ -135,19 +142,3 @@ def _summary(plan: ConversionPlan) -> str:
     return (
         f"{plan.file_type.name}: {weights} weights, {human_bytes(plan.n_bytes)}, {plan.bits_per_weight:.2f} bits each"
     )
-
-
-@contextmanager
-def _progress(*, quiet: bool) -> Iterator[Progress]:
-    """A bar of bytes, rate and time left on a terminal; elsewhere nothing is drawn."""
-    if quiet or not sys.stderr.isatty():
-        yield lambda stage, done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-    from rich.progress import Progress as Bars
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Bars(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task("planning", total=None)
-        yield lambda stage, done, total: bars.update(task, description=stage, completed=done, total=total)

@@ -79,6 +79,10 @@ def main(argv: Sequence[str]) -> int:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments. Raises SystemExit, as argparse does."""
     parser = build_parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what could stand at the cursor
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
     args, rest = parser.parse_known_args(argv)
     if rest:
         # argparse gives up on `run MODEL --seed 1 some words`: it has closed the list of words at the option.
