@@ -73,7 +73,7 @@ class ChatApp:
     def run(self) -> int:
         """Talk until the person leaves; the exit code."""
         info = self._engine.info
-        self.say(f"{info.name} on {info.device}, {info.n_ctx} tokens of context. /help shows what there is.")
+        self.say(f"{info.name} on {info.device}\n{info.n_ctx} tokens of context, /help shows what there is\n")
         while not self._leaving:
             try:
                 line = self._prompt.prompt()
@@ -105,19 +105,21 @@ class ChatApp:
         else:
             self._stream(call)
 
-    def _stream(self, text: str) -> None:
-        """Show the reply to `text` as it comes. Ctrl-C ends it and keeps what came; a second one leaves the chat."""
+    def _stream(self, message: str) -> None:
+        """Show the reply to `message` as it comes. Ctrl-C ends it and keeps what came, a second one leaves."""
         terminal = TerminalFilter()
-        finish = None
+        finish, shown = None, ""
         with _quiet_keyboard(), _ctrl_c_stops(self._engine) as stopped:
             try:
-                for chunk in self.session.reply(text):
-                    self._write(terminal.feed(chunk.text))
+                for chunk in self.session.reply(message):
+                    text = terminal.feed(chunk.text)
+                    self._write(text)
+                    shown = text or shown
                     finish = chunk.finish_reason
                     if stopped.is_set():  # pressed before the engine listened
                         self._engine.cancel()
             finally:
-                self._write("\n")
+                self._write("" if shown.endswith("\n") or not shown else "\n")
         if finish == "cancelled":
             self.say("[stopped]")
         elif finish == "length":

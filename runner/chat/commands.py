@@ -107,8 +107,7 @@ def _system(chat: Chat, argument: str) -> None:
         chat.session.set_system(None if argument == "off" else argument)
         chat.say("No system prompt." if argument == "off" else "The system prompt is set.")
         return
-    system = next((m.content for m in chat.session.messages if m.role == "system"), None)
-    chat.say("No system prompt." if system is None else system)
+    chat.say(chat.session.system or "No system prompt.")
 
 
 def _exit(chat: Chat, _: str) -> None:
