@@ -67,6 +67,10 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def log_message(self, *_: object) -> None:
             pass
 
+        def end_headers(self) -> None:
+            self.send_header("Connection", "close")  # when the server ends, no connection outlives it
+            super().end_headers()
+
         def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
             self.send_response(status)
             for name, value in (headers or {}).items():
