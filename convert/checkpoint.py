@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,9 @@ from models.errors import CheckpointError, TensorError, UnsupportedError
 # The reference implementation refuses longer headers; far above what 1,000 blocks need.
 MAX_HEADER_BYTES = 100_000_000
 MAX_JSON_BYTES = 500_000_000
+
+# The one place where a name out of a checkpoint becomes a path: no folders, and nothing that a terminal obeys.
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}")
 
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 _UNREAD_DTYPES = frozenset(("F64", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F6_E2M3", "F6_E3M2", "F4", "C64", "BOOL")) | {
@@ -151,8 +155,7 @@ def _read_index(path: Path) -> Mapping[str, str] | None:
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{index_path} has no 'weight_map' from tensor names to shard files", path=index_path)
     for shard in sorted(set(weight_map.values())):
-        # The one place where a name out of a checkpoint could become a path.
-        if shard != Path(shard).name or shard in ("", ".", "..") or "\\" in shard or "\0" in shard or ":" in shard:
+        if not _SHARD_NAME.fullmatch(shard):
             raise CheckpointError(
                 f"{index_path} names the shard {shard[:200]!r}, which is not a plain file name",
                 hint="Do not use this checkpoint: its index points outside its own folder.",
@@ -234,7 +237,7 @@ def _read_header(path: Path) -> list[TensorInfo]:
 def _tensor_info(path: Path, data_start: int, name: str, entry: object) -> TensorInfo:
     if not isinstance(entry, dict):
         raise _broken(name, path, "its header entry is not an object")
-    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    dtype, shape, offsets = str(entry.get("dtype")), entry.get("shape"), entry.get("data_offsets")
     if dtype not in ITEM_BYTES:
         if dtype in _UNREAD_DTYPES:
             raise UnsupportedError(
@@ -242,7 +245,7 @@ def _tensor_info(path: Path, data_start: int, name: str, entry: object) -> Tenso
                 hint="Convert the original bf16, f16 or f32 checkpoint.",
                 tensor=name,
             )
-        raise _broken(name, path, f"its dtype {str(dtype)[:40]!r} is unknown")
+        raise _broken(name, path, f"its dtype {dtype[:40]!r} is unknown")
     if not _natural_numbers(shape) or len(shape) > 4:
         raise _broken(name, path, f"its shape {str(shape)[:80]} is not a list of up to four sizes")
     if not _natural_numbers(offsets) or len(offsets) != 2:
