@@ -159,14 +159,16 @@ def read_gguf(path: Path) -> GgufFile:
 
 
 def peek_gguf(path: Path) -> GgufFile:
-    """The metadata that comes before the vocabulary, and no tensors: quick enough for a list of many files.
+    """Enough for a list of many files, quickly: where it can, the metadata before the vocabulary and no tensors.
 
-    Raises ModelFileError, but finds only what is wrong in that part.
+    Raises ModelFileError, but may find only what is wrong in that part.
     """
     with _open(path) as cursor:
         version, _, n_kv = _counts(cursor)
         metadata = dict(_key_values(cursor, n_kv, stop_before="tokenizer.ggml.tokens"))
-        return GgufFile(path, version, cursor.size, metadata, ())
+        if "general.file_type" in metadata:
+            return GgufFile(path, version, cursor.size, metadata, ())
+    return read_gguf(path)  # it comes after the vocabulary, or it has to be counted from the tensors
 
 
 def check_model_file(path: Path) -> None:
@@ -200,9 +202,7 @@ class _Cursor:
         """Step over `count` bytes; the position before them."""
         start, end = self.position, self.position + count
         if end > self.size:
-            self.fail(
-                f"the file is cut short or damaged: {what} reaches to byte {end}, the file has {self.size}"
-            )
+            self.fail(f"the file is cut short or damaged: {what} reaches to byte {end}, the file has {self.size}")
         self.position = end
         return start
 
@@ -254,9 +254,7 @@ def _open(path: Path) -> Iterator[_Cursor]:
             raise ModelFileError(f"{printable(path)} is not a regular file", path=path)
         with path.open("rb") as file:
             if path.stat().st_size == 0:
-                raise ModelFileError(
-                    f"{printable(path)} is empty", hint="Download or convert it again.", path=path
-                )
+                raise ModelFileError(f"{printable(path)} is empty", hint="Download or convert it again.", path=path)
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 yield _Cursor(path, data)
     except FileNotFoundError:

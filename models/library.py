@@ -139,9 +139,10 @@ def remove_checkpoint(folder: Path) -> int:
 def destination(name: str, file_type: str) -> Path:
     """Where a new model goes: `destination("Qwen2-0.5B", "Q4_K_M")` is `models/Qwen2-0.5B-Q4_K_M.gguf`.
 
-    Raises LibraryError for a name that is no file name on every system.
+    `name` may be any folder's name: what cannot stand in a file's name everywhere becomes a dash.
     """
-    return models_folder() / safe_filename(f"{name}-{file_type}{SUFFIX}")
+    plain = re.sub(r"[^\w.+=,()@ -]+", "-", name).strip(" .-")[:60] or "model"
+    return models_folder() / safe_filename(f"{plain}-{file_type}{SUFFIX}")
 
 
 def safe_filename(name: str) -> str:

@@ -91,6 +91,14 @@ def test_peek_stops_before_the_vocabulary(tmp_path: Path, small: bytes) -> None:
     assert peeked.tensors == ()
 
 
+def test_peek_reads_on_where_the_file_type_comes_late(tmp_path: Path) -> None:
+    name, n_tensors = tensor(b"t.weight", (64,), 8), 1
+    tokens = string(b"tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, 1) + string(b"a")
+    late = string(b"general.file_type") + struct.pack("<II", 4, 15)
+    assert peek_gguf(put(tmp_path, header(tokens + late, 2, name, n_tensors))).file_type == "Q4_K_M"
+    assert peek_gguf(put(tmp_path, header(tokens, 1, name, n_tensors))).file_type == "Q8_0"
+
+
 def refuse(path: Path) -> str:
     with pytest.raises(ModelFileError) as caught:
         check_model_file(path)

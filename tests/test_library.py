@@ -100,7 +100,22 @@ def test_refuses_what_is_no_file_name_somewhere(name: str) -> None:
 def test_takes_ordinary_names() -> None:
     for name in ("Qwen2-0.5B-Instruct-Q4_K_M.gguf", "模型.gguf", "console.gguf", "a b.gguf"):
         assert library.safe_filename(name) == name
-    assert library.destination("m", "Q4_K_M") == library.models_folder() / "m-Q4_K_M.gguf"
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("Qwen2-0.5B", "Qwen2-0.5B-Q4_K_M.gguf"),
+        ("模型 1", "模型 1-Q4_K_M.gguf"),
+        ("../../x", "x-Q4_K_M.gguf"),
+        ("a/b\\c:d\0e\x1b[2Jf", "a-b-c-d-e-2Jf-Q4_K_M.gguf"),
+        ("CON", "CON-Q4_K_M.gguf"),
+        ("...", "model-Q4_K_M.gguf"),
+        ("中" * 300, "中" * 60 + "-Q4_K_M.gguf"),
+    ],
+)
+def test_a_new_model_is_named_after_its_folder(name: str, file: str) -> None:
+    assert library.destination(name, "Q4_K_M") == library.models_folder() / file
 
 
 def test_remembers_what_was_used_and_where_it_came_from(folder: Path) -> None:

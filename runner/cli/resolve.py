@@ -134,8 +134,8 @@ def _from_checkpoint(folder: Path, file_type: str | None, quiet: bool, name: str
     from convert.file_types import file_type as kind_of
 
     kind = kind_of(file_type or DEFAULT_FILE_TYPE)
-    source, stamp = f"{folder.resolve()}:{kind.name}", _stamp(folder)
-    if made := library.find_made_from(source, stamp):
+    source = _source_key(folder, kind.name)
+    if made := library.find_made_from(source, _stamp(folder)):
         return made
     from convert.converter import convert_checkpoint
 
@@ -153,8 +153,18 @@ def _from_checkpoint(folder: Path, file_type: str | None, quiet: bool, name: str
         )
     for warning in report.warnings if not quiet else ():
         print(f"note: {printable(warning, 1000)}", file=sys.stderr)
-    library.remember_origin(output, source, stamp)
+    remember_conversion(folder, kind.name, output)
     return output
+
+
+def remember_conversion(folder: Path, file_type: str, output: Path) -> None:
+    """Note that the checkpoint `folder` became the library's file `output`, so that it is not converted again."""
+    if output.parent.resolve() == library.models_folder().resolve():
+        library.remember_origin(output, _source_key(folder, file_type), _stamp(folder))
+
+
+def _source_key(folder: Path, file_type: str) -> str:
+    return f"{folder.resolve()}:{file_type}"
 
 
 def _stamp(folder: Path) -> str:
