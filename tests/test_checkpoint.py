@@ -19,6 +19,8 @@ from tests.checkpoints import (
     INDEX,
     edit_header,
     edit_json,
+    message_of,
+    quick,
     tiny_checkpoint,
     tiny_config,
     write_json,
