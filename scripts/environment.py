@@ -49,7 +49,7 @@ def main() -> int:
         say(f"handmill: {error}")
         return 1
     except KeyboardInterrupt:
-        say("handmill: interrupted; the next run goes on from here")
+        say("handmill: interrupted; the next run does what is left")
         return 130
     return 0
 
