@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -75,14 +76,20 @@ def library() -> Any:
 
 @cache
 def shared_library(name: str) -> ctypes.CDLL:
-    """Another library beside libllama, such as "ggml-base", "ggml" or "ggml-rpc".
+    """The functions of another library beside libllama, such as "ggml-base", "ggml" or "ggml-rpc".
 
     Raises LoadError where this build of llama.cpp does not have it.
     """
     from llama_cpp._ctypes_extensions import load_shared_library
 
+    lib = library()
+    if sys.platform != "win32" and any(lib._base_path.glob(f"lib{name}.*")):
+        # A wheel holds copies where there were links (libggml.so, libggml.so.0): opened by its path, a library
+        # would be loaded a second time, with a registry of devices of its own. Asked for a name, libllama's
+        # handle looks through the libraries that it was linked with.
+        return ctypes.CDLL(lib._lib._name)
     try:
-        found: ctypes.CDLL = load_shared_library(name, library()._base_path)
+        found: ctypes.CDLL = load_shared_library(name, lib._base_path)
     except (FileNotFoundError, RuntimeError) as error:
         raise LoadError(f"this build of llama.cpp has no library {name!r}", library=name) from error
     return found

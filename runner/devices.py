@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -100,6 +101,7 @@ def add_rpc_device(endpoint: str) -> None:
             "this build of llama.cpp has no RPC backend",
             hint='CMAKE_ARGS="-DGGML_RPC=ON" pip install --no-cache-dir --force-reinstall llama-cpp-python',
         )
+    _check_listens(endpoint)  # llama.cpp would end the process
     address = base.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_rpc_add_server")
     add_server = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)(address)
     with native.capture_log() as log:
@@ -108,6 +110,14 @@ def add_rpc_device(endpoint: str) -> None:
         said = "; ".join(log.problems())
         raise LoadError(f"no RPC server answers at {endpoint}: {said}", endpoint=endpoint)
     ggml.ggml_backend_register(server)
+
+
+def _check_listens(endpoint: str) -> None:
+    host, _, port = endpoint.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise LoadError(f"no RPC server answers at {endpoint}: {error}", endpoint=endpoint) from error
 
 
 def _ggml() -> Any:

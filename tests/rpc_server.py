@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 import socket
 import subprocess
@@ -23,6 +24,8 @@ def rpc_server(memory: int | None = None) -> Iterator[str]:
         [sys.executable, __file__, endpoint, str(memory or 0)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        # Threads and their arenas take address space too, and a server that has none left for them crashes.
+        env={**os.environ, "MALLOC_ARENA_MAX": "1"} if memory else None,
     )
     try:
         for _ in range(600):
@@ -54,7 +57,7 @@ def serve(endpoint: str, memory: int) -> None:
         ctypes.c_size_t,
         ctypes.c_void_p,
     ]
-    rpc.ggml_backend_rpc_start_server(endpoint.encode(), None, 2, 1, cpu)
+    rpc.ggml_backend_rpc_start_server(endpoint.encode(), None, 1 if memory else 2, 1, cpu)
 
 
 def _address_space() -> int:

@@ -1,0 +1,61 @@
+"""Which devices there are, and why there may be no GPU among them."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from models.errors import LoadError
+from runner import devices
+
+
+def test_the_cpu_is_always_there() -> None:
+    found = devices.devices()
+    cpu = next(device for device in found if device.kind == "cpu")
+    assert cpu.name == "CPU"
+    assert cpu.total > 0
+    assert not cpu.is_gpu
+    assert "CPU" in devices.backends()
+
+
+def fake(kind: devices.Kind, name: str = "X") -> devices.Device:
+    return devices.Device(name, "fake", kind, 1, 2)
+
+
+def test_integrated_gpus_are_a_second_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = [fake("cpu"), fake("igpu", "I"), fake("gpu", "G"), fake("accelerator")]
+    monkeypatch.setattr(devices, "devices", lambda: everything)
+    assert [device.name for device in devices.offload_devices()] == ["G"]
+    everything.pop(2)
+    assert [device.name for device in devices.offload_devices()] == ["I"]
+    everything.pop(1)
+    assert devices.offload_devices() == []
+
+
+@pytest.mark.parametrize(
+    ("backends", "nvidia", "nvcc", "says"),
+    [
+        (["CPU", "RPC"], False, False, "no GPU backend"),
+        (["CPU", "RPC"], True, True, "has no CUDA; CMAKE_ARGS="),
+        (["CPU", "RPC"], True, False, "install the CUDA toolkit"),
+        (["CPU", "CUDA"], True, True, "driver reports none"),
+    ],
+)
+def test_one_line_says_why(
+    monkeypatch: pytest.MonkeyPatch, backends: list[str], nvidia: bool, nvcc: bool, says: str
+) -> None:
+    monkeypatch.setattr(devices, "backends", lambda: backends)
+    monkeypatch.setattr(devices, "_has_nvidia_gpu", lambda: nvidia)
+    monkeypatch.setattr(shutil, "which", lambda name: "/bin/nvcc" if nvcc else None)
+    line = devices.why_no_gpu()
+    assert line.startswith("CPU only: ")
+    assert says in line
+    assert "\n" not in line
+
+
+def test_a_server_that_is_not_there_is_an_error() -> None:
+    if "RPC" not in devices.backends():
+        pytest.skip("this build has no RPC backend")
+    with pytest.raises(LoadError, match=r"127\.0\.0\.1:1"):
+        devices.add_rpc_device("127.0.0.1:1")

@@ -1,0 +1,297 @@
+"""The engine in this process, on a real model."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.errors import ContextOverflow, GenerationError, LoadError, ModelFileError, UsageError
+from models.gguf_file import read_gguf
+from runner.engine import loading, memory, threads
+from runner.engine.local import LocalEngine, load
+from runner.engine.protocol import GenerationChunk, LoadOptions, Message, Sampling
+from runner.engine.sampler import recommended_sampling
+from runner.engine.text_stream import TextStream
+from runner.session import ChatSession
+
+GREEDY = Sampling(temperature=0.0, max_tokens=12)
+OPTIONS = LoadOptions(context=512, gpu_layers=0)
+
+
+@pytest.fixture(scope="module")
+def engine(starter_model: Path) -> Iterator[LocalEngine]:
+    with load(starter_model, OPTIONS) as loaded:
+        yield loaded
+
+
+def continued(engine: LocalEngine, tokens: list[int], sampling: Sampling = GREEDY) -> list[GenerationChunk]:
+    return list(engine.generate(tokens, sampling))
+
+
+def text_of(chunks: list[GenerationChunk]) -> str:
+    return "".join(chunk.text for chunk in chunks)
+
+
+def forget(engine: LocalEngine) -> None:
+    """Make the next prompt be computed from its beginning."""
+    continued(engine, engine.encode_text("zz"), replace(GREEDY, max_tokens=1))
+
+
+def test_it_continues_text(engine: LocalEngine) -> None:
+    chunks = continued(engine, engine.encode_text("The capital of France is"))
+    assert text_of(chunks).startswith(" Paris")
+    last = chunks[-1]
+    assert (last.finish_reason, last.token, last.stats.generated_tokens) == ("length", None, 12)
+    assert all(chunk.finish_reason is None and chunk.token is not None for chunk in chunks[:-1])
+    assert last.stats.prompt_tokens == 5
+
+
+def test_greedy_is_repeatable_cached_or_not(engine: LocalEngine) -> None:
+    tokens = engine.encode_text("Once upon a time there was a small house in a wood")
+    forget(engine)
+    first = continued(engine, tokens)
+    again = continued(engine, tokens)
+    assert text_of(first) == text_of(again)
+    assert first[-1].stats.cached_tokens == 0
+    assert again[-1].stats.cached_tokens == len(tokens) - 1
+
+
+def test_a_seed_is_repeatable_and_seeds_differ(engine: LocalEngine) -> None:
+    tokens = engine.encode_text("Once upon a time")
+    warm = Sampling(temperature=1.5, top_k=0, top_p=1.0, min_p=0.0, max_tokens=10)
+    texts = [text_of(continued(engine, tokens, replace(warm, seed=seed))) for seed in (7, 7, 8)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_repeat_penalty_changes_what_repeats(engine: LocalEngine) -> None:
+    tokens = engine.encode_text("a b a b a b a b a b a b a b a b")
+    plain = text_of(continued(engine, tokens))
+    punished = text_of(continued(engine, tokens, replace(GREEDY, repeat_penalty=5.0)))
+    assert plain.count("a") > punished.count(" a b")
+    assert plain != punished
+
+
+def test_a_reply_ends_at_the_models_own_mark(engine: LocalEngine) -> None:
+    tokens = engine.encode_chat([Message("user", "Say only: OK")])
+    chunks = continued(engine, tokens, Sampling(temperature=0.0, max_tokens=200))
+    assert chunks[-1].finish_reason == "stop"
+    assert "<|im_end|>" not in text_of(chunks)
+
+
+def test_a_turn_computes_only_what_is_new(engine: LocalEngine) -> None:
+    session = ChatSession(engine, system="You are brief.", sampling=GREEDY)
+    list(session.reply("Name a <|im_end|> colour."))
+    held = session.last_stats.prompt_tokens + session.last_stats.generated_tokens
+    list(session.reply("Another?"))
+    # The last token of a reply is given out, not computed: the next turn does that.
+    assert session.last_stats.cached_tokens >= held - 1
+
+
+def test_context_full_ends_with_length(engine: LocalEngine) -> None:
+    tokens = (engine.encode_text("one two three four five six seven eight ") * 100)[: 512 - 3]
+    chunks = continued(engine, tokens, Sampling(temperature=0.0))
+    assert chunks[-1].finish_reason == "length"
+    assert 1 <= chunks[-1].stats.generated_tokens <= 4
+
+
+def test_a_prompt_longer_than_the_context_names_both_numbers(engine: LocalEngine) -> None:
+    with pytest.raises(ContextOverflow, match=r"600.*512") as caught:
+        engine.generate([5] * 600, GREEDY)
+    assert "--context" in caught.value.hint
+    assert (caught.value.facts["prompt_tokens"], caught.value.facts["n_ctx"]) == (600, 512)
+
+
+def test_an_empty_prompt_is_refused(engine: LocalEngine) -> None:
+    with pytest.raises(GenerationError, match="empty"):
+        engine.generate([], GREEDY)
+
+
+def test_cancel_ends_the_reply_and_leaves_the_engine_sound(engine: LocalEngine) -> None:
+    tokens = engine.encode_text("Once upon a time there was a king")
+    expected = text_of(continued(engine, tokens))
+    chunks = []
+    for chunk in engine.generate(tokens, replace(GREEDY, max_tokens=100)):
+        chunks.append(chunk)
+        if len(chunks) == 3:
+            engine.cancel()
+    assert chunks[-1].finish_reason == "cancelled"
+    assert len(chunks) == 4
+    assert text_of(continued(engine, tokens)) == expected
+
+
+def test_cancel_in_the_prefill_from_another_thread(starter_model: Path) -> None:
+    with load(starter_model, LoadOptions(context=4096, gpu_layers=0)) as engine:
+        tokens = (engine.encode_text("one two three four five six seven eight ") * 500)[:4000]
+        timer = threading.Timer(0.2, engine.cancel)
+        timer.start()
+        chunks = continued(engine, tokens)
+        timer.join()
+        assert [chunk.finish_reason for chunk in chunks] == ["cancelled"]
+        short = engine.encode_text("The capital of France is")
+        assert text_of(continued(engine, short)).startswith(" Paris")
+
+
+def test_ctrl_c_while_it_computes(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = engine.encode_text("The capital of France is")
+    expected = text_of(continued(engine, tokens))
+    from concurrent.futures import Future
+
+    real = Future.result
+    calls = iter(range(100))
+
+    def interrupted(self: Future[object], timeout: float | None = None) -> object:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return real(self, timeout)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Future, "result", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            continued(engine, tokens)
+    assert text_of(continued(engine, tokens)) == expected
+
+
+def test_an_iterator_left_alone_frees_the_engine(engine: LocalEngine) -> None:
+    tokens = engine.encode_text("Once upon a time")
+    reply = engine.generate(tokens, GREEDY)
+    next(reply)
+    with pytest.raises(GenerationError, match="still being generated"):
+        engine.generate(tokens, GREEDY)
+    del reply
+    assert continued(engine, tokens)[-1].finish_reason == "length"
+
+
+def test_an_id_outside_the_vocabulary_is_an_error_and_the_engine_stays_sound(engine: LocalEngine) -> None:
+    tokens = engine.encode_text("The capital of France is")
+    expected = text_of(continued(engine, tokens))
+    with pytest.raises(GenerationError):
+        continued(engine, [*tokens, 10**6, 5])
+    assert text_of(continued(engine, tokens)) == expected
+
+
+def test_info_and_progress(starter_model: Path) -> None:
+    seen: list[float] = []
+    with load(starter_model, OPTIONS, seen.append) as engine:
+        info = engine.info
+        assert (info.n_ctx, info.n_ctx_train, info.n_layers, info.gpu_layers) == (512, 8192, 31, 0)
+        assert (info.device, info.notes) == ("CPU", ())
+        assert "Q4_1" in info.description
+        assert engine.has_chat_template
+        assert engine.default_sampling == Sampling()
+    assert seen == sorted(seen)
+    assert seen[-1] == 1.0
+
+
+def test_what_the_progress_callback_raises_stops_the_load(starter_model: Path) -> None:
+    def stop(fraction: float) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        load(starter_model, OPTIONS, stop)
+
+
+def test_a_context_need_not_be_a_round_number(starter_model: Path) -> None:
+    with load(starter_model, replace(OPTIONS, context=10)) as engine:
+        assert engine.info.n_ctx == 10
+        with pytest.raises(ContextOverflow):
+            engine.generate([5] * 11, GREEDY)
+        chunks = continued(engine, [5] * 8)
+        assert (chunks[-1].finish_reason, chunks[-1].stats.generated_tokens) == ("length", 3)
+
+
+def test_a_closed_engine_says_so(starter_model: Path) -> None:
+    engine = load(starter_model, OPTIONS)
+    engine.close()
+    engine.close()
+    for use in (lambda: engine.encode_text("a"), lambda: engine.generate([1], GREEDY)):
+        with pytest.raises(GenerationError, match="closed"):
+            use()
+
+
+def test_broken_files_have_names(starter_model: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(starter_model.read_bytes()[:4_000_000])
+    for path in (cut, tmp_path / "missing.gguf", tmp_path):
+        with pytest.raises((ModelFileError, LoadError)):
+            load(path, OPTIONS)
+
+
+def test_the_context_is_chosen(starter_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gguf = read_gguf(starter_model)
+    monkeypatch.setattr(loading, "available_memory", lambda: 10**12)
+    assert loading.choose_context(gguf, None) == (8192, [])
+    assert loading.choose_context(gguf, 9000)[0] == 9000
+    assert "8192" in loading.choose_context(gguf, 9000)[1][0]
+    with pytest.raises(UsageError):
+        loading.choose_context(gguf, 0)
+    monkeypatch.setattr(loading, "available_memory", lambda: 100_000_000)
+    tokens, notes = loading.choose_context(gguf, None)
+    assert 512 <= tokens < 8192
+    assert tokens % 256 == 0
+    assert len(notes) == 1
+    with pytest.raises(LoadError, match="8192 tokens"):
+        loading.choose_context(gguf, 8192)
+
+
+def test_available_memory_is_the_least_that_anybody_says(tmp_path: Path) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 9 kB\nMemAvailable:    4 kB\n")
+    assert memory.available_memory(meminfo, tmp_path) == 4096
+    (tmp_path / "memory.max").write_text("2000\n")
+    (tmp_path / "memory.current").write_text("500\n")
+    assert memory.available_memory(meminfo, tmp_path) == 1500
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.available_memory(meminfo, tmp_path) == 4096
+
+
+def test_threads_are_physical_cores_within_the_quota(tmp_path: Path) -> None:
+    for processor in range(4):
+        folder = tmp_path / f"cpu{processor}/topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(f"{processor % 2},{processor % 2 + 2}\n")
+    assert threads._physical_cores({0, 1, 2, 3}, tmp_path) == 2
+    assert threads._physical_cores({0, 2}, tmp_path) == 1
+    assert threads._physical_cores({0, 9}, tmp_path) == 2
+    own = tmp_path / "cgroup"
+    own.write_text("0::/a/b\n")
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/b/cpu.max").write_text("max 100000\n")
+    assert threads._quota(tmp_path, own) is None
+    (tmp_path / "a/cpu.max").write_text("150000 100000\n")
+    assert threads._quota(tmp_path, own) == 1.5
+    assert threads.default_threads() >= 1
+
+
+@given(st.text(), st.lists(st.integers(1, 5)))
+def test_a_stream_never_shows_half_a_character(text: str, cuts: list[int]) -> None:
+    data = text.encode()
+    stream, out, position = TextStream(), "", 0
+    for cut in [*cuts, len(data)]:
+        piece = stream.feed(data[position : position + cut])
+        position += cut
+        assert "\ufffd" not in piece or "\ufffd" in text
+        out += piece
+    assert out + stream.finish() == text
+
+
+def test_a_stream_marks_bytes_that_are_no_character() -> None:
+    stream = TextStream()
+    assert stream.feed("语".encode()[:2]) == ""
+    assert stream.finish() == "\ufffd"
+    stream = TextStream()
+    assert stream.feed(b"a\xffb") == "a\ufffdb"
+    assert stream.finish() == ""
+
+
+def test_recommended_sampling_is_read_defensively() -> None:
+    keys = {"temp": "0.699999988", "top_k": "20", "top_p": "0.8", "min_p": "0", "penalty_repeat": "1.05"}
+    metadata = {f"general.sampling.{key}": value for key, value in keys.items()}
+    assert recommended_sampling(metadata) == Sampling(0.7, 20, 0.8, 0.0, 1.05)
+    for garbage in ("nan", "inf", "-3", "x", ""):
+        assert recommended_sampling(dict.fromkeys(metadata, garbage)) == Sampling()

@@ -1,0 +1,179 @@
+"""Which layers go where: reckoned on headers, proved on a loopback RPC device."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models.gguf_file import GgufFile, TensorInfo, read_gguf
+from runner import placement
+from runner.devices import Device, backends
+from runner.placement import RESERVE, fewer_layers, layer_bytes, place
+from tests.rpc_server import rpc_server
+
+MB = 1_000_000
+
+
+def gpu(free: int) -> Device:
+    return Device("GPU0", "fake", "gpu", free, free)
+
+
+def header(*, blocks: int = 4, output: bool = True, **metadata: Any) -> GgufFile:
+    """Blocks of 10 MB, an embedding of 20 MB, an output of 30 MB or none; 4 kB of cache a token and block."""
+    sizes = {"token_embd.weight": 20 * MB, **{f"blk.{i}.w": 10 * MB for i in range(blocks)}}
+    if output:
+        sizes["output.weight"] = 30 * MB
+    known: dict[str, Any] = {
+        "general.architecture": "llama",
+        "llama.block_count": blocks,
+        "llama.embedding_length": 1024,
+        "llama.attention.head_count": 16,
+    }
+    tensors = tuple(TensorInfo(name, (1,), "F16", 0, size) for name, size in sizes.items())
+    return GgufFile(Path("x.gguf"), 3, 0, {**known, **metadata}, tensors)
+
+
+def test_bytes_of_layers() -> None:
+    assert layer_bytes(header(), 0) == [10 * MB] * 4 + [30 * MB]
+    assert layer_bytes(header(output=False), 0) == [10 * MB] * 4 + [20 * MB]
+    assert layer_bytes(header(), 1000) == [10 * MB + 4096 * 1000] * 4 + [30 * MB]
+    few: dict[str, Any] = {"llama.attention.head_count_kv": 2, "llama.attention.key_length": 128}
+    few_heads = header(**few)
+    assert placement.kv_bytes_per_token(few_heads) == [2 * 2 * (128 + 64)] * 4
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"llama.attention.head_count": 0},
+        {"llama.attention.head_count": "many"},
+        {"llama.block_count": 10**9},
+        {"llama.block_count": -1},
+        {"llama.embedding_length": None},
+    ],
+)
+def test_a_header_that_makes_no_sense_does_no_harm(metadata: dict[str, Any]) -> None:
+    plan = place(header(**metadata), n_ctx=512, asked="auto", vram=None, available=[gpu(10**12)])
+    assert plan.gpu_layers == plan.n_layers == 5
+
+
+def test_the_real_models_bytes(starter_model: Path) -> None:
+    gguf = read_gguf(starter_model)
+    costs = layer_bytes(gguf, 0)
+    embedding = next(tensor.nbytes for tensor in gguf.tensors if tensor.name == "token_embd.weight")
+    assert len(costs) == 31
+    assert sum(costs) == sum(tensor.nbytes for tensor in gguf.tensors)
+    assert costs[-1] > embedding
+    assert sum(placement.kv_bytes_per_token(gguf)) == 30 * 2 * 2 * 192
+
+
+def test_auto_takes_all_that_fits() -> None:
+    def auto(free: int, vram: int | None = None) -> placement.Placement:
+        return place(header(), n_ctx=0, asked="auto", vram=vram, available=[gpu(free)])
+
+    assert auto(RESERVE + 200 * MB).gpu_layers == 5
+    assert auto(RESERVE + 55 * MB).gpu_layers == 3
+    assert auto(RESERVE + 29 * MB).gpu_layers == 0
+    assert auto(0).gpu_layers == 0
+    assert auto(10**12, vram=RESERVE + 45 * MB).gpu_layers == 2
+    assert auto(RESERVE + 45 * MB, vram=10**12).gpu_layers == 2
+    plan = auto(RESERVE + 55 * MB)
+    assert plan.needed == 50 * MB
+    assert str(plan).startswith("3/5 layers on GPU0: as many as fit the ")
+
+
+def test_what_is_asked_for_is_taken() -> None:
+    def asked(layers: placement.GpuLayers) -> int:
+        return place(header(), n_ctx=0, asked=layers, vram=None, available=[gpu(0)]).gpu_layers
+
+    assert [asked("all"), asked(0), asked(3), asked(99)] == [5, 0, 3, 5]
+    nowhere = place(header(), n_ctx=0, asked="all", vram=None, available=[])
+    assert nowhere.gpu_layers == 0
+    assert "no GPU" in str(nowhere)
+
+
+def test_fewer_layers_end_on_the_cpu() -> None:
+    assert list(fewer_layers(31)) == [23, 15, 7, 0]
+    assert list(fewer_layers(1)) == [0]
+    assert list(fewer_layers(2)) == [1, 0]
+    assert list(fewer_layers(0)) == []
+
+
+# Each in a process of its own: a device once registered stays, and one that is lost ends the process.
+PROGRAM = """
+import json, sys
+from pathlib import Path
+from models import native
+from runner.devices import add_rpc_device
+from runner.engine.local import load
+from runner.engine.protocol import LoadOptions, Sampling
+model, endpoint, context, *wanted = sys.argv[1:]
+if endpoint:
+    add_rpc_device(endpoint)
+for layers in wanted:
+    layers = layers if layers in ("auto", "all") else int(layers)
+    with native.capture_log() as log:
+        engine = load(Path(model), LoadOptions(context=int(context), gpu_layers=layers, repack=False))
+    with engine:
+        tokens = engine.encode_text("Once upon a time, in a small village,")
+        chunks = list(engine.generate(tokens, Sampling(temperature=0.0, max_tokens=12)))
+    print(json.dumps({
+        "text": "".join(chunk.text for chunk in chunks),
+        "gpu_layers": engine.info.gpu_layers,
+        "device": engine.info.device,
+        "notes": engine.info.notes,
+        "on_device": sum("assigned to device RPC" in line for line in log.lines),
+    }))
+"""
+
+
+def run(model: Path, endpoint: str, *layers: str, context: int = 256) -> list[dict[str, Any]]:
+    command = [sys.executable, "-c", PROGRAM, str(model), endpoint, str(context), *layers]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+needs_rpc = pytest.mark.skipif("RPC" not in backends(), reason="this build has no RPC backend")
+
+
+@needs_rpc
+def test_layers_on_a_device_give_the_text_of_the_cpu(starter_model: Path) -> None:
+    with rpc_server() as endpoint:
+        cpu, some, everything, auto = run(starter_model, endpoint, "0", "12", "all", "auto")
+    assert [run["gpu_layers"] for run in (cpu, some, everything, auto)] == [0, 12, 31, 31]
+    assert [run["on_device"] for run in (cpu, some, everything, auto)] == [0, 12, 31, 31]
+    assert cpu["text"] == some["text"] == everything["text"] == auto["text"]
+    assert cpu["text"]
+    assert cpu["device"] == "CPU"
+    assert everything["device"].startswith("RPC0")
+    assert all(run["notes"] == [] for run in (cpu, some, everything, auto))
+
+
+@needs_rpc
+@pytest.mark.parametrize("megabytes", [260, 4])
+def test_a_device_without_the_memory_gets_less(starter_model: Path, megabytes: int) -> None:
+    with rpc_server(memory=megabytes * MB) as endpoint:
+        (result,) = run(starter_model, endpoint, "all", context=8192)
+    assert result["notes"][0].startswith("the GPU has no memory for 31 layers; tried again with ")
+    assert result["text"]
+    if megabytes == 260:  # weights and cache of all layers take 287 MB there, those of 23 layers 218 MB
+        assert result["gpu_layers"] == 23
+        assert result["device"].startswith("RPC0")
+    else:
+        assert result["gpu_layers"] == 0
+        assert result["device"] == "CPU"
+        assert result["notes"][-1].endswith("the CPU alone")
+
+
+def test_without_a_gpu_one_line_says_why(starter_model: Path) -> None:
+    (result,) = run(starter_model, "", "auto")
+    if result["gpu_layers"] == 0:
+        assert len(result["notes"]) == 1
+        assert result["notes"][0].startswith("CPU only: ")

@@ -1,0 +1,129 @@
+"""A conversation, on an engine that says what the test wants."""
+
+from __future__ import annotations
+
+import pytest
+
+from models.errors import ContextOverflow, GenerationError, TemplateError
+from runner.engine.protocol import Message, Sampling
+from runner.session import ChatSession
+from tests.fake_engine import FakeEngine
+
+
+def said(session: ChatSession) -> list[tuple[str, str]]:
+    return [(message.role, message.content) for message in session.messages]
+
+
+def test_turns_add_up_and_replies_keep_their_ids() -> None:
+    engine = FakeEngine("One.", "Two.")
+    session = ChatSession(engine, system="Count.")
+    assert "".join(chunk.text for chunk in session.reply("a")) == "One."
+    assert "".join(chunk.text for chunk in session.reply("b")) == "Two."
+    assert said(session) == [
+        ("system", "Count."),
+        ("user", "a"),
+        ("assistant", "One."),
+        ("user", "b"),
+        ("assistant", "Two."),
+    ]
+    assert session.messages[2].tokens == tuple(map(ord, "One."))
+    assert engine.chats[1] == session.messages[:4]
+
+
+def test_stats_and_context_used() -> None:
+    session = ChatSession(FakeEngine("Hello."))
+    assert session.context_used == 0
+    for chunk in session.reply("hi"):
+        stats = chunk.stats
+    assert session.last_stats == stats
+    assert session.context_used == stats.prompt_tokens + 6
+    session.clear()
+    assert session.context_used == 0
+
+
+def test_a_cancelled_reply_keeps_what_came() -> None:
+    engine = FakeEngine("Hello there")
+    session = ChatSession(engine)
+    chunks = []
+    for chunk in session.reply("hi"):
+        chunks.append(chunk)
+        if len(chunks) == 5:
+            engine.cancel()
+    assert chunks[-1].finish_reason == "cancelled"
+    assert said(session) == [("user", "hi"), ("assistant", "Hello")]
+
+
+def test_a_reply_that_nobody_reads_on_keeps_what_came() -> None:
+    session = ChatSession(FakeEngine("Hello there"))
+    reply = session.reply("hi")
+    next(reply)
+    next(reply)
+    reply.close()  # type: ignore[attr-defined]
+    assert said(session) == [("user", "hi"), ("assistant", "He")]
+
+
+def test_ctrl_c_while_it_computes_keeps_what_came() -> None:
+    def interrupt(index: int) -> None:
+        if index == 3:
+            raise KeyboardInterrupt
+
+    session = ChatSession(FakeEngine("Hello", before_chunk=interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        list(session.reply("hi"))
+    assert said(session) == [("user", "hi"), ("assistant", "Hel")]
+
+
+@pytest.mark.parametrize("failure", [GenerationError("no"), KeyboardInterrupt(), TemplateError("bad")])
+def test_where_nothing_came_the_message_is_taken_back(failure: BaseException) -> None:
+    def fail(index: int) -> None:
+        raise failure
+
+    session = ChatSession(FakeEngine("Hello", before_chunk=fail), system="S")
+    with pytest.raises(type(failure)):
+        list(session.reply("hi"))
+    assert said(session) == [("system", "S")]
+
+
+def test_cancelled_before_anything_came_takes_the_message_back() -> None:
+    engine = FakeEngine("Hello", before_chunk=lambda index: engine.cancel())
+    session = ChatSession(engine)
+    assert [chunk.finish_reason for chunk in session.reply("hi")] == ["cancelled"]
+    assert session.messages == []
+
+
+def test_an_empty_reply_is_a_reply() -> None:
+    session = ChatSession(FakeEngine(""))
+    assert [chunk.finish_reason for chunk in session.reply("hi")] == ["stop"]
+    assert said(session) == [("user", "hi"), ("assistant", "")]
+
+
+def test_outgrowing_the_context_says_what_to_do() -> None:
+    session = ChatSession(FakeEngine("Hello", n_ctx=40))
+    list(session.reply("hi"))
+    with pytest.raises(ContextOverflow, match="40") as caught:
+        list(session.reply("x" * 40))
+    assert "/clear" in caught.value.hint
+    assert caught.value.facts["n_ctx"] == 40
+    assert said(session) == [("user", "hi"), ("assistant", "Hello")]
+
+
+def test_clear_keeps_the_system_message_and_set_system_the_turns() -> None:
+    session = ChatSession(FakeEngine("Hello"), system="A")
+    list(session.reply("hi"))
+    session.set_system("B")
+    assert said(session) == [("system", "B"), ("user", "hi"), ("assistant", "Hello")]
+    session.clear()
+    assert said(session) == [("system", "B")]
+    assert session.system == "B"
+    session.set_system(None)
+    assert session.messages == []
+    assert session.system is None
+
+
+def test_the_model_recommends_the_sampling() -> None:
+    engine = FakeEngine("Hello")
+    assert ChatSession(engine).sampling == engine.default_sampling
+    session = ChatSession(engine, sampling=Sampling(temperature=0.0))
+    list(session.reply("hi"))
+    assert engine.samplings == [Sampling(temperature=0.0)]
+    assert engine.chats == [[Message("user", "hi")]]
