@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from models.errors import CheckpointError, TensorError, UnsupportedError
+from models.text import printable
 
 # The reference implementation refuses longer headers; far above what 1,000 blocks need.
 MAX_HEADER_BYTES = 100_000_000
@@ -247,9 +248,9 @@ def _tensor_info(path: Path, data_start: int, name: str, entry: object) -> Tenso
             )
         raise _broken(name, path, f"its dtype {dtype[:40]!r} is unknown")
     if not _natural_numbers(shape) or len(shape) > 4:
-        raise _broken(name, path, f"its shape {str(shape)[:80]} is not a list of up to four sizes")
+        raise _broken(name, path, f"its shape {printable(shape, 80)} is not a list of up to four sizes")
     if not _natural_numbers(offsets) or len(offsets) != 2:
-        raise _broken(name, path, f"its data_offsets {str(offsets)[:80]} are not two positions")
+        raise _broken(name, path, f"its data_offsets {printable(offsets, 80)} are not two positions")
     nbytes = offsets[1] - offsets[0]
     if math.prod(shape) == 0:
         raise _broken(name, path, f"its shape {shape} is empty")

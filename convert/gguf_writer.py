@@ -88,7 +88,11 @@ def _array(items: Sequence[Any]) -> bytes:
     first = items[0] if items else 0
     prefix = "<IQ"
     if isinstance(first, (str, bytes)):
-        return struct.pack(prefix, GGUFValueType.STRING, len(items)) + b"".join(map(_string, items))
+        data = [item.encode() if isinstance(item, str) else item for item in items]
+        # 300,000 strings of a few lengths: each length is packed once
+        lengths = {n: struct.pack("<Q", n) for n in set(map(len, data))}
+        strings = b"".join([part for item in data for part in (lengths[len(item)], item)])
+        return struct.pack(prefix, GGUFValueType.STRING, len(items)) + strings
     if isinstance(first, bool):
         return struct.pack(prefix, GGUFValueType.BOOL, len(items)) + bytes(items)
     if isinstance(first, float):

@@ -16,7 +16,6 @@ import yaml
 from convert.checkpoint import Checkpoint, read_json
 from convert.gguf_writer import TypedValue
 from convert.tokenizer import Vocabulary
-from models.errors import CheckpointError
 from models.families import ModelFamily
 from models.hparams import Hparams
 
@@ -150,7 +149,8 @@ def _add_vocabulary(writer: gguf.GGUFWriter, family: ModelFamily, vocabulary: Vo
 
 
 def _add_chat_template(writer: gguf.GGUFWriter, template: str | list[dict[str, Any]]) -> None:
-    try:
-        writer.add_chat_template(template)
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(f"the chat templates cannot be stored: {error}") from error
+    writer.add_chat_template(template)
+    # gguf collects the names in a set: in an order that changes from run to run
+    names = writer.kv_data[0].get("tokenizer.chat_templates")
+    if names is not None:
+        names.value.sort()

@@ -158,7 +158,7 @@ def _read_byte_level_bpe(
     special: SpecialTokens,
 ) -> Vocabulary:
     added = _added_tokens(document, config, path)
-    ids = tokenizer.get_vocab(with_added_tokens=True)
+    ids = _ids(document, path)
     _check_ids(path, ids, n_vocab)
     tokens = [f"[PAD{i}]".encode() for i in range(n_vocab)]
     types = [int(TokenType.UNUSED)] * n_vocab
@@ -192,7 +192,7 @@ def _read_llama_bpe(
 ) -> Vocabulary:
     """Llama-2 style BPE as a SentencePiece vocabulary: the score of a token is minus the rank of its merge."""
     added = _added_tokens(document, config, path)
-    ids = tokenizer.get_vocab(with_added_tokens=True)
+    ids = _ids(document, path)
     _check_ids(path, ids, n_vocab)
     ranks: dict[bytes, int] = {}
     for rank, merge in enumerate(_merges(document, path)):
@@ -280,6 +280,16 @@ def _added_tokens(document: Mapping[str, Any], config: Mapping[str, Any], path: 
             # transformers makes every token that the config names a special one
             added.setdefault(content, {"special": True, "normalized": False})
     return added
+
+
+def _ids(document: Mapping[str, Any], path: Path) -> dict[str, int]:
+    """Text -> id of every token: those of the model, and the added ones."""
+    vocabulary = document["model"]["vocab"]
+    added = {entry["content"]: entry.get("id") for entry in document.get("added_tokens") or []}
+    ids: dict[str, int] = {**vocabulary, **added}
+    if not all(type(i) is int and i >= 0 for i in ids.values()):
+        raise TokenizerError(f"{path / 'tokenizer.json'}: an id is not a natural number", path=path)
+    return ids
 
 
 def _added_token(piece: str, special: bool) -> tuple[bytes, TokenType]:

@@ -103,6 +103,8 @@ CHECKPOINTS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "llama-llama3-short": ("Llama", "bpe", "bfloat16", {"rope_parameters": LLAMA3_SHORT, "head_dim": 128}),
     "llama-linear-rope": ("Llama", "bpe", "bfloat16", {"rope_parameters": ROPE["linear"]}),
     "llama-bias": ("Llama", "bpe", "bfloat16", {"attention_bias": True, "mlp_bias": False}),
+    "llama-v4-spelling": ("Llama", "bpe", "bfloat16", {"rope_parameters": ROPE["llama3"], "num_key_value_heads": 4}),
+    "llama-v4-linear": ("Llama", "llama2", "bfloat16", {"rope_parameters": ROPE["linear"]}),
     "mistral": ("Mistral", "sentencepiece", "bfloat16", {"sliding_window": None}),
     "qwen2": ("Qwen2", "qwen", "bfloat16", {"tie_word_embeddings": True}),
     "qwen2-yarn-f32": ("Qwen2", "qwen", "float32", {"rope_parameters": ROPE["yarn"]}),
@@ -136,6 +138,25 @@ def make_checkpoint(name: str, folder: Path, tokenizers_folder: Path) -> None:
             parameter.data += 0.1 * torch.randn_like(parameter)
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size="8MB")
     assert len(list(folder.glob("model-*.safetensors"))) > 1
+    if "v4" in name:
+        spell_as_transformers_4(folder)
+
+
+def spell_as_transformers_4(folder: Path) -> None:
+    """Rewrite config.json as transformers 4 wrote it, and leave out what Llama 1 left out."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    rope = config.pop("rope_parameters")
+    theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
+    if theta != 10000.0:
+        config["rope_theta"] = theta
+    config["rope_scaling"] = rope | ({"type": kind} if kind == "linear" else {"rope_type": kind})
+    config["torch_dtype"] = config.pop("dtype")
+    for name in ("head_dim", "attention_bias", "mlp_bias"):
+        config.pop(name, None)
+    if config["num_key_value_heads"] == config["num_attention_heads"]:
+        del config["num_key_value_heads"]
+    path.write_text(json.dumps(config))
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +187,7 @@ def test_equals_the_two_steps_of_llama_cpp(checkpoint: Path, tmp_path: Path) -> 
     assert list(our_tensors) == list(their_tensors)
     for name, tensor in our_tensors.items():
         assert tensor == their_tensors[name], name
-    if "llama2-json" in checkpoint.name:  # a row of the table in convert/README.md
+    if CHECKPOINTS[checkpoint.name][1] == "llama2":  # a row of the table in convert/README.md
         assert our_keys.pop("tokenizer.ggml.scores") != their_keys.pop("tokenizer.ggml.scores")
     assert our_keys == their_keys
 
