@@ -1,0 +1,62 @@
+"""The registry of families: what each claims, and that it is data which llama.cpp knows."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import gguf
+import pytest
+
+import models.families
+from models.errors import UnsupportedError
+from models.families import ModelFamily, family_of, registry
+
+
+@pytest.mark.parametrize(
+    ("architecture", "gguf_arch"),
+    [("LlamaForCausalLM", "llama"), ("MistralForCausalLM", "llama"), ("Qwen2ForCausalLM", "qwen2")],
+)
+def test_known_architectures(architecture: str, gguf_arch: str) -> None:
+    assert family_of(architecture).gguf_arch == gguf_arch
+
+
+def test_unknown_architecture_says_which_are_known() -> None:
+    with pytest.raises(UnsupportedError, match="'GPT9ForCausalLM' is not supported") as raised:
+        family_of("GPT9ForCausalLM")
+    assert raised.value.architecture == "GPT9ForCausalLM"
+    for known in registry():
+        assert known in raised.value.hint
+
+
+def test_names_are_quoted_and_cut() -> None:
+    with pytest.raises(UnsupportedError) as raised:
+        family_of("\x1b]0;owned\x07" + "x" * 10_000)
+    assert str(raised.value).isprintable()
+    assert len(str(raised.value)) < 200
+
+
+def test_gguf_has_every_architecture() -> None:
+    assert {family.gguf_arch for family in registry().values()} <= set(gguf.MODEL_ARCH_NAMES.values())
+
+
+def test_every_default_is_a_field_that_is_read() -> None:
+    for family in registry().values():
+        assert {"max_position_embeddings", "rms_norm_eps", "rope_theta"} <= set(family.defaults)
+
+
+def test_a_family_costs_one_short_file() -> None:
+    for path in Path(models.families.__path__[0]).glob("[a-z]*.py"):
+        n_families = path.read_text().count("ModelFamily(")
+        assert len(path.read_text().splitlines()) < 20 * n_families
+
+
+def test_two_families_may_not_claim_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models.families, "__path__", [*models.families.__path__, str(tmp_path)])
+    (tmp_path / "other.py").write_text("")
+    other = ModuleType("models.families.other")
+    vars(other)["OTHER"] = ModelFamily(architectures=("LlamaForCausalLM",), gguf_arch="llama")
+    monkeypatch.setitem(sys.modules, "models.families.other", other)
+    with pytest.raises(ValueError, match="two families claim LlamaForCausalLM"):
+        registry.__wrapped__()
