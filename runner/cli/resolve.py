@@ -83,7 +83,7 @@ def _model_here(text: str | None) -> Path | None:
         return starter_path()
     if _hub_ref(text) is not None:
         return None
-    if "/" in text or "\\" in text or "\0" in text:
+    if "/" in text or "\\" in text:
         raise ModelFileError(
             f"{printable(text)} does not exist", hint="`handmill list` shows the models in the library.", path=path
         )

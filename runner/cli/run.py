@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 
 from models.errors import UsageError
 from runner.cli.loading import loaded_engine
 from runner.cli.options import add_load_options, add_output_options, add_sampling_options, sampling
-from runner.engine.protocol import Engine, GenerationChunk, GenerationStats, ModelInfo
+from runner.engine.protocol import Engine, GenerationChunk, GenerationStats, Message, ModelInfo
 
 HELP = "one reply on stdout"
 ORDER = 20
@@ -56,7 +57,8 @@ def describe(stats: GenerationStats, info: ModelInfo) -> str:
 
 def _prompt(words: list[str]) -> str:
     """The words of the command line, and below them what was piped in."""
-    typed = " ".join(words)
+    # What is no UTF-8 on the command line comes as lone surrogates, which nothing further on could encode.
+    typed = os.fsencode(" ".join(words)).decode("utf-8", "replace")
     piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
     prompt = "\n\n".join(part for part in (typed, piped.rstrip("\n")) if part)
     if not prompt:
@@ -70,9 +72,8 @@ def _reply(engine: Engine, prompt: str, args: argparse.Namespace) -> Iterator[Ge
         if args.system and not args.quiet:
             print("note: a base model has no system prompt; --system is left out", file=sys.stderr)
         return engine.generate(engine.encode_text(prompt), settings)
-    from runner.session import ChatSession
-
-    return ChatSession(engine, args.system, settings).reply(prompt)
+    system = [Message("system", args.system)] if args.system else []
+    return engine.generate(engine.encode_chat([*system, Message("user", prompt)]), settings)
 
 
 def _stream(chunks: Iterator[GenerationChunk]) -> GenerationChunk:
