@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_LEVEL_ERROR, _LEVEL_CONTINUED = 3, 5
+_LEVEL_ERROR, _LEVEL_CONTINUED = 4, 5  # GGML_LOG_LEVEL_*
 _KEPT_LINES = 4000
 
 

@@ -15,7 +15,7 @@ from models import native
 from models.errors import GenerationError, LoadError
 from models.native_log import LOG
 
-WARN, ERROR, CONTINUED = 2, 3, 5
+WARN, ERROR, CONTINUED = 3, 4, 5
 
 
 @pytest.fixture
