@@ -198,9 +198,12 @@ def test_make_passes_the_model_as_typed(tmp_path: Path, model: str) -> None:
     program(fake, "python", "starter.gguf")
     handmill = program(fake, "handmill")
     handmill.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\ncat\n")
+    # As from a shell: a make inside `make test` would be told of it, and say so on stdout.
+    outside = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     done = subprocess.run(
         ["make", "chat", f"MODEL={model}", f"PYTHON={tmp_path}/bin/python3"],
         cwd=tmp_path,
+        env=outside,
         input="Hello\n",
         capture_output=True,
         text=True,
