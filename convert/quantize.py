@@ -20,6 +20,7 @@ from convert.file_types import FileType
 from models.errors import ConversionFailed, TensorError, UnsupportedError
 from models.gguf_types import TENSOR_TYPES
 from models.native import capture_log, cpu_model_params, library, shared_library
+from models.text import printable
 
 # Two log messages a tensor; the type after "->" is the new one, without an arrow the tensor stays as it is.
 _DRY_RUN = re.compile(
@@ -27,7 +28,8 @@ _DRY_RUN = re.compile(
     re.MULTILINE,
 )
 _NEEDS_MATRIX = "will require an imatrix"
-_MISSING = re.compile(r"missing tensor '(?P<name>[^']+)'")
+_LOADING = re.compile(r"create_tensor: loading tensor (?P<name>\S+)")
+_MISSING = re.compile(r"tensor '(?P<name>[^']+)' not found")
 _WRONG_SHAPE = re.compile(r"tensor '(?P<name>[^']+)' has wrong shape; expected (?P<expected>[^;]+?), got (?P<got>.*)")
 
 
@@ -117,18 +119,27 @@ def check_structure(hollow: Path, source_names: Mapping[str, str]) -> None:
     if missing := _MISSING.search(said):
         name = missing["name"]
         raise TensorError(
-            f"the checkpoint lacks a tensor of the model: {source_names.get(name, name)}",
+            f"the checkpoint lacks a tensor of the model: {name}",
             hint="A shard is missing, or config.json asks for more blocks than the checkpoint has.",
             tensor=name,
         )
     if wrong := _WRONG_SHAPE.search(said):
         name = source_names.get(wrong["name"], wrong["name"])
         raise TensorError(
-            f"tensor {name!r} does not have the shape that config.json gives it: "
+            f"tensor {printable(name)!r} does not have the shape that config.json gives it: "
             f"it is [{_spaced(wrong['got'])}], the config makes it [{_spaced(wrong['expected'])}] (row length first)",
             hint="The config does not belong to these weights.",
             tensor=name,
         )
+    if "wrong number of tensors" in said:
+        asked_for = {m["name"] for line in log.lines if (m := _LOADING.match(line))}
+        for name, source in source_names.items():
+            if name not in asked_for:
+                raise TensorError(
+                    f"tensor {printable(source)!r} has no place in this model: llama.cpp does not read {name}",
+                    hint="The weights are of a variant of this architecture.",
+                    tensor=source,
+                )
     raise ConversionFailed(f"llama.cpp does not take this model: {said}")
 
 

@@ -67,7 +67,7 @@ def plan_tensors(checkpoint: Checkpoint, family: ModelFamily, hparams: Hparams) 
         if tensor.name.endswith(_IGNORED_SUFFIXES):
             continue
         name = names.get_name(tensor.name, try_suffixes=(".weight", ".bias"))
-        if name is None:
+        if name is None or not tensor.shape:
             raise TensorError(
                 f"tensor {printable(tensor.name)!r} in {tensor.path.name} has no place in a {family.gguf_arch} model "
                 f"of {hparams.n_layers} blocks",
@@ -81,6 +81,7 @@ def plan_tensors(checkpoint: Checkpoint, family: ModelFamily, hparams: Hparams) 
             name, tensor.shape, tensor, heads=_reordered_heads(name, tensor, family, hparams), keep_f32=keep_f32
         )
     _check_ends(plans, hparams)
+    _check_biases(plans)
     return list(plans.values())
 
 
@@ -122,6 +123,20 @@ def _check_ends(plans: Mapping[str, TensorPlan], hparams: Hparams) -> None:
             hint='A shard is missing, or config.json lacks "tie_word_embeddings": true.',
             tensor="lm_head.weight",
         )
+
+
+def _check_biases(plans: Mapping[str, TensorPlan]) -> None:
+    """A bias that one block has, every block with that matrix has: llama.cpp would do without it silently."""
+    biased = {name.split(".")[2] for name in plans if name.startswith("blk.") and name.endswith(".bias")}
+    for name in plans:
+        if name.startswith("blk.") and name.endswith(".weight") and name.split(".")[2] in biased:
+            bias = name.removesuffix("weight") + "bias"
+            if bias not in plans:
+                raise TensorError(
+                    f"the checkpoint lacks a tensor of the model: {bias}, which other blocks have",
+                    hint="A shard is missing or belongs to another checkpoint.",
+                    tensor=bias,
+                )
 
 
 def _computed_tensors(hparams: Hparams) -> Iterator[TensorPlan]:
