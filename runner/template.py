@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
@@ -43,6 +44,8 @@ MAX_SECONDS = 1.0
 """Of processor time, for steps that are slow each."""
 MAX_LENGTH = 1 << 22
 """Characters of a string and elements of a list that any step may make."""
+MAX_MADE = 1 << 29
+"""The same of all steps of one rendering together: what it could hold on to at most."""
 MAX_PRODUCT = 1 << 28
 """The sizes of everything given to one call, multiplied: an upper bound of what it makes of them."""
 MAX_INTEGER_BITS = 4096
@@ -50,6 +53,9 @@ MAX_CALL_INTEGER = 100_000
 UNKNOWN_LENGTH = 100_000
 """What an iterator counts as: Jinja2's sandbox lets no range be longer."""
 _LONG_NUMBER = re.compile(r"\d{5}")
+
+
+_made = threading.local()
 
 
 class _TooMuch(SecurityError):
@@ -80,7 +86,10 @@ def _guard(name: str, args: Sequence[object], kwargs: Mapping[str, object]) -> N
 
 
 def _bounded(value: Any) -> Any:
-    if _size(value) > MAX_LENGTH:
+    """`value`, which a step made: refused when it is huge, or when all of this rendering together is."""
+    size = _size(value)
+    _made.total = getattr(_made, "total", 0) + size
+    if size > MAX_LENGTH or _made.total > MAX_MADE:
         raise _TooMuch("it makes something very large")
     return value
 
@@ -112,7 +121,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         if operator == "+":
             if _size(left) + _size(right) > MAX_LENGTH:
                 raise _TooMuch("it adds up something very large")
-        elif operator == "%":
+            return _bounded(super().call_binop(context, operator, left, right))
+        if operator == "%":
             if isinstance(left, str):
                 _guard("format %", [left, *(right if isinstance(right, (tuple, list)) else [right])], {})
         elif isinstance(left, int) and isinstance(right, int):
@@ -194,6 +204,7 @@ def _step_budget(steps: int) -> Iterator[None]:
         return trace
 
     before = sys.gettrace()
+    _made.total = 0
     sys.settrace(trace)
     try:
         yield

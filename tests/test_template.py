@@ -43,6 +43,8 @@ def test_strftime_now_is_there() -> None:
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
         "{% for i in range(99999) %}{{ range(99999) | list | length }}{% endfor %}",
         "{% set a = 'a' * 4000000 %}{% for i in range(99999) %}{{ (a ~ 'b') in a }}{% endfor %}",
+        "{% set a = 'a' * 1000000 %}{% set n = namespace(l=[]) %}"
+        "{% for i in range(99999) %}{% set n.l = n.l + [a ~ i] %}{% endfor %}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{{ 9 ** 99999999 }}",
         "{% set x = 9 %}{{ x ** 99999999 }}",

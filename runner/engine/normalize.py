@@ -10,7 +10,6 @@ _NFC_PRE_TOKENIZERS = frozenset(
         "qwen35",
         "deepseek-r1-qwen",
         "command-r",
-        "exaone",
         "falcon",
         "mpt",
         "olmo",
