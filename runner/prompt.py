@@ -16,6 +16,7 @@ from itertools import islice
 from models.errors import TemplateError
 from models.native import ATTR_USER_DEFINED, Vocabulary
 from runner.engine.protocol import Message
+from runner.engine.text_stream import text_of
 from runner.template import ChatTemplate
 
 
@@ -95,7 +96,7 @@ class PromptEncoder:
         if not all(0 <= token < self._vocabulary.n_tokens for token in marked.tokens):
             return False
         data = b"".join(self._vocabulary.piece(token) for token in marked.tokens)
-        return data.decode("utf-8", "replace") == original.content
+        return text_of(data) == original.content
 
     def _cut_marks(self, message: Message, cut: str) -> str:
         """The content with `cut` inside every text that llama.cpp would take for a mark.

@@ -169,7 +169,7 @@ class LocalEngine:
         finally:
             sampler.close()
             self._busy = False
-        yield GenerationChunk(stream.finish(), None, stats(), finish)
+        yield GenerationChunk("", None, stats(), finish)
 
     def _run(self, work: Callable[[], Result]) -> Result:
         """`work` in the worker thread. An exception that reaches the waiting thread, such as Ctrl-C, stops it."""

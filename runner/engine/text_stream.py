@@ -9,7 +9,7 @@ class TextStream:
     """Collects the bytes of tokens and gives out whole characters.
 
     A character may be spread over several tokens: its bytes wait for the rest. Bytes that can no longer become
-    a character turn into U+FFFD; unfinished ones do so only in `finish()`.
+    a character turn into U+FFFD. Those that wait when a reply is cut short are no part of its text.
     """
 
     def __init__(self) -> None:
@@ -18,5 +18,7 @@ class TextStream:
     def feed(self, data: bytes) -> str:
         return self._decoder.decode(data)
 
-    def finish(self) -> str:
-        return self._decoder.decode(b"", final=True)
+
+def text_of(data: bytes) -> str:
+    """The text that a stream gives of all of `data`."""
+    return TextStream().feed(data)
