@@ -10,7 +10,6 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -200,66 +199,74 @@ def test_json_a_bad_line_is_an_error_and_no_end(line: str) -> None:
     assert answers[-1]["type"] == "reply"
 
 
-@pytest.fixture
-def terminal(starter_model: Path, own_home: Path) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
-    """`handmill chat` on a pseudo-terminal of 80 by 24; its master end and the process."""
+class Terminal:
+    """A program on a pseudo-terminal of 80 by 24, and what it has shown and nobody has waited for yet."""
+
+    def __init__(self, argv: list[str]) -> None:
+        import fcntl
+        import pty
+        import struct
+        import termios
+
+        self._master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        # The leader of a new session gets as its terminal the first one that it opens: then Ctrl-C is a signal.
+        code = (
+            "import os, sys; os.open(os.ttyname(0), os.O_RDWR); "
+            "from runner.cli.main import console; sys.exit(console())"
+        )
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, *argv],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            cwd=Path(__file__).parent.parent,
+            env=os.environ | {"TERM": "xterm"},
+            start_new_session=True,
+        )
+        os.close(slave)
+        self._seen = b""
+
+    def press(self, keys: str) -> None:
+        os.write(self._master, keys.encode())
+
+    def wait_for(self, text: str, seconds: float = 60) -> None:
+        import select
+
+        deadline = time.monotonic() + seconds
+        while text.encode() not in self._seen:
+            if not select.select([self._master], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise AssertionError(f"{text!r} did not come, but {self._seen!r}")
+            try:
+                piece = os.read(self._master, 65536)
+            except OSError:
+                raise AssertionError(f"the program ended; it showed {self._seen!r}") from None
+            if b"\x1b[6n" in piece:  # it asks where the cursor is, as of any terminal
+                self.press("\x1b[5;1R")
+            self._seen += piece
+        self._seen = self._seen.partition(text.encode())[2]
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._master)
+
+
+def test_the_whole_program_on_a_real_terminal(starter_model: Path, own_home: Path) -> None:
     pytest.importorskip("pty")
-    import fcntl
-    import pty
-    import struct
-    import termios
-
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    # The leader of a new session gets as its terminal the first one that it opens: then Ctrl-C is a signal.
-    code = (
-        "import os, sys; os.open(os.ttyname(0), os.O_RDWR); from runner.cli.main import console; sys.exit(console())"
-    )
-    argv = ["chat", str(starter_model), "--temperature", "0", "--max-tokens", "400", "-c", "512"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *argv],
-        stdin=slave,
-        stdout=slave,
-        stderr=slave,
-        cwd=Path(__file__).parent.parent,
-        env=os.environ | {"TERM": "xterm"},
-        start_new_session=True,
-    )
-    os.close(slave)
-    yield master, process
-    process.kill()
-    process.wait()
-    os.close(master)
-
-
-def read_until(master: int, text: str, seconds: float = 60) -> str:
-    import select
-
-    seen = b""
-    deadline = time.monotonic() + seconds
-    while text.encode() not in seen:
-        if not select.select([master], [], [], max(0.0, deadline - time.monotonic()))[0]:
-            raise AssertionError(f"{text!r} did not come, but {seen.decode(errors='replace')!r}")
-        try:
-            piece = os.read(master, 65536)
-        except OSError:
-            raise AssertionError(f"the program ended; it wrote {seen.decode(errors='replace')!r}") from None
-        if b"\x1b[6n" in piece:  # it asks where the cursor is, as of any terminal
-            os.write(master, b"\x1b[5;1R")
-        seen += piece
-    return seen.decode(errors="replace")
-
-
-def test_the_whole_program_on_a_real_terminal(terminal: tuple[int, subprocess.Popen[bytes]], own_home: Path) -> None:
-    master, process = terminal
-    read_until(master, "context 0/512")
-    os.write(master, b"Write a long story about a mill.\r")
-    read_until(master, " the ")
-    os.write(master, b"\x03")
-    read_until(master, "[stopped]")
-    read_until(master, "tok/s")
-    os.write(master, "/system 中文\r".encode())
-    read_until(master, "The system prompt is set.")
-    os.write(master, b"\x04")
-    assert process.wait(timeout=30) == 0
+    terminal = Terminal(["chat", str(starter_model), "--temperature", "0", "-c", "512", "-j", "1"])
+    try:
+        terminal.wait_for("context 0/512")
+        terminal.press("Write a long story about a mill.\r")
+        terminal.wait_for(" the ")
+        terminal.press("\x03")
+        terminal.wait_for("[stopped]")
+        terminal.wait_for("tok/s")
+        terminal.press("/system 中文\r")
+        terminal.wait_for("The system prompt is set.")
+        terminal.wait_for("tok/s")  # the prompt stands again
+        terminal.press("\x04")
+        assert terminal.process.wait(timeout=30) == 0
+    finally:
+        terminal.close()
     assert "+Write a long story" in (own_home / "history").read_text()

@@ -331,7 +331,7 @@ def test_a_hub_reference_is_fetched_once_and_then_found_here(
 def handmill(*argv: str, **kwargs: object) -> subprocess.Popen[bytes]:
     pipe = subprocess.PIPE
     return subprocess.Popen(  # type: ignore[call-overload,no-any-return]
-        [sys.executable, "-c", CODE, *argv],
+        [sys.executable, "-c", CODE, *argv, "-j", "1"],  # more threads wait for one another on a busy machine
         cwd=ROOT,
         **{"stdin": subprocess.DEVNULL, "stdout": pipe, "stderr": pipe, **kwargs},
     )
