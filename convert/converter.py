@@ -25,7 +25,7 @@ from convert.check import CHECK_TEXTS, LIMIT_TEXTS, check_computation, check_voc
 from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.file_types import DEFAULT, FileType
 from convert.gguf_writer import TensorEntry, header_bytes, padded
-from convert.output import check_output, translated, whole_file
+from convert.output import check_output, flush, translated, whole_file
 from convert.pipeline import PlacedTensor, write_tensors
 from convert.tensors import TensorPlan, plan_tensors
 from convert.tokenizer import Vocabulary, read_vocabulary
@@ -135,15 +135,16 @@ def convert_checkpoint(
 
             write_tensors(plan.tensors, partial, threads=threads, progress=encoded)
             warnings += checked.result() if checked is not None else []
-        if check:
-            progress("checking", plan.source_bytes, plan.source_bytes)
-            check_computation(
-                partial,
-                plan.expected_ids,
-                architecture=plan.family.gguf_arch,
-                n_vocab=plan.n_vocab,
-                threads=threads,
-            )
+            beside.submit(flush, partial)
+            if check:
+                progress("checking", plan.source_bytes, plan.source_bytes)
+                check_computation(
+                    partial,
+                    plan.expected_ids,
+                    architecture=plan.family.gguf_arch,
+                    n_vocab=plan.n_vocab,
+                    threads=threads,
+                )
     return ConversionReport(output, plan, time.monotonic() - started, check, warnings)
 
 
