@@ -22,6 +22,9 @@ _GPU_BACKENDS = ("CUDA", "HIP", "ROCm", "MUSA", "Vulkan", "Metal", "MTL", "SYCL"
 """Names that a build's registry of a GPU backend may have. RPC is none: it has devices only when told of a server."""
 
 
+_REBUILD = 'CMAKE_ARGS="-DGGML_CUDA=ON -DGGML_RPC=ON" pip install --no-cache-dir --force-reinstall llama-cpp-python'
+
+
 @dataclass(frozen=True)
 class Device:
     """One device. Bytes as it reports them itself; a CPU's `free` is often its total."""
@@ -76,12 +79,9 @@ def why_no_gpu() -> str:
     """One line for a machine where `offload_devices()` is empty: why, and which command mends it."""
     if any(name.startswith(_GPU_BACKENDS) for name in backends()):
         return "CPU only: this build can use a GPU, but its driver reports none; `nvidia-smi` shows what it sees"
-    if not _has_nvidia_gpu():
-        return "CPU only: this build of llama.cpp has no GPU backend, and no GPU was found that it could use"
-    rebuild = 'CMAKE_ARGS="-DGGML_CUDA=ON -DGGML_RPC=ON" pip install --no-cache-dir --force-reinstall llama-cpp-python'
-    if shutil.which("nvcc") is None:
-        rebuild = "install the CUDA toolkit (nvcc), then: " + rebuild
-    return f"CPU only: there is an NVIDIA GPU, but this build of llama.cpp has no CUDA; {rebuild}"
+    why = "there is an NVIDIA GPU, but this" if _has_nvidia_gpu() else "no GPU was found, and this"
+    toolkit = "" if shutil.which("nvcc") else "the CUDA toolkit and "
+    return f"CPU only: {why} build of llama.cpp has no GPU backend; to use a GPU: {toolkit}{_REBUILD}"
 
 
 def _has_nvidia_gpu() -> bool:

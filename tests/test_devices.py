@@ -36,9 +36,9 @@ def test_integrated_gpus_are_a_second_choice(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("backends", "nvidia", "nvcc", "says"),
     [
-        (["CPU", "RPC"], False, False, "no GPU backend"),
-        (["CPU", "RPC"], True, True, "has no CUDA; CMAKE_ARGS="),
-        (["CPU", "RPC"], True, False, "install the CUDA toolkit"),
+        (["CPU", "RPC"], False, False, "no GPU was found, and this build"),
+        (["CPU", "RPC"], True, True, "has no GPU backend; to use a GPU: CMAKE_ARGS="),
+        (["CPU", "RPC"], True, False, "to use a GPU: the CUDA toolkit and CMAKE_ARGS="),
         (["CPU", "CUDA"], True, True, "driver reports none"),
     ],
 )
