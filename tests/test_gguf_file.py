@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import struct
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from models.errors import ModelFileError
 from models.gguf_file import check_model_file, peek_gguf, read_gguf
 from models.gguf_types import FILE_TYPES, TENSOR_TYPES
-from models.native import shared_library
+from models.native import capture_log, shared_library
 from models.text import printable
 
 
@@ -210,11 +211,12 @@ def test_a_cut_file_says_both_sizes(tmp_path: Path, small: bytes) -> None:
     assert "need" in says
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    where=st.lists(st.tuples(st.integers(0, 700), st.integers(0, 255)), min_size=1, max_size=6),
-    size=st.integers(0, 3000),
-)
+quick = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+bends = st.lists(st.tuples(st.integers(0, 700), st.integers(0, 255)), min_size=1, max_size=6)
+
+
+@quick
+@given(where=bends, size=st.integers(0, 3000))
 def test_bent_bytes_give_nothing_but_a_model_file_error(
     tmp_path: Path, small: bytes, where: list[tuple[int, int]], size: int
 ) -> None:
@@ -225,12 +227,38 @@ def test_bent_bytes_give_nothing_but_a_model_file_error(
     only_named(peek_gguf, put(tmp_path, bytes(data[:size])))
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@quick
 @given(st.binary(max_size=400))
 def test_random_bytes_give_nothing_but_a_model_file_error(tmp_path: Path, data: bytes) -> None:
     only_named(check_model_file, put(tmp_path, data))
     only_named(check_model_file, put(tmp_path, b"GGUF\x03\0\0\0" + data))
     only_named(check_model_file, put(tmp_path, b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + data))
+
+
+class InitParams(ctypes.Structure):
+    """`gguf_init_params`: no tensor data, no ggml context."""
+
+    _fields_ = (("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p))
+
+
+@quick
+@given(bends)
+def test_what_passes_here_is_opened_by_llama_cpp(tmp_path: Path, small: bytes, where: list[tuple[int, int]]) -> None:
+    data = bytearray(small)
+    for position, value in where:
+        data[position] = value
+    path = put(tmp_path, bytes(data))
+    try:
+        read_gguf(path)
+    except ModelFileError:
+        return
+    ggml = shared_library("ggml-base")
+    ggml.gguf_init_from_file.restype = ctypes.c_void_p
+    ggml.gguf_free.argtypes = [ctypes.c_void_p]
+    with capture_log() as log:
+        opened = ggml.gguf_init_from_file(str(path).encode(), InitParams(True, None))
+    assert opened, log
+    ggml.gguf_free(opened)
 
 
 def only_named(action: Callable[[Path], object], path: Path) -> None:

@@ -149,7 +149,11 @@ def _from_checkpoint(folder: Path, file_type: str | None, quiet: bool, name: str
         print(f"Converting {printable(folder)} to {kind.name}, once.", file=sys.stderr)
     with ProgressLine(quiet) as line:
         report = convert_checkpoint(
-            folder, output, kind, force=True, progress=lambda stage, done, total: line.show(stage, done, total)
+            folder,
+            output,
+            kind,
+            force=True,
+            progress=lambda stage, done, total: line.show(stage, done, total, human_bytes),
         )
     for warning in report.warnings if not quiet else ():
         print(f"note: {printable(warning, 1000)}", file=sys.stderr)
