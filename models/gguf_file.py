@@ -10,39 +10,23 @@ words that help.
 
 from __future__ import annotations
 
-import mmap
-import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import NoReturn, TypeAlias, overload
+from typing import TypeAlias, overload
 
 from models.errors import ModelFileError
+from models.gguf_cursor import ARRAY, SCALARS, STRING, Cursor, Scalar, looks_like, open_gguf
 from models.gguf_types import FILE_TYPES, TENSOR_TYPES
 from models.text import human_bytes, printable
 
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_KEY_BYTES = 65_535
-MAX_STRING_BYTES = 1 << 26
-MAX_STRINGS = 1 << 24
-"""Ceilings far above any real file: the largest vocabulary has 2^18 entries, a template 10^5 bytes."""
 MAX_DIMENSIONS = 4
 MAX_TENSOR_NAME_BYTES = 63
-
-_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
-_STRING, _ARRAY = 8, 9
-_SCALARS = {
-    number: struct.Struct("<" + code)
-    for number, code in {
-        0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
-    }.items()
-}  # fmt: skip
-
-Scalar: TypeAlias = int | float | bool | str
 
 
 class LazyArray(Sequence[Scalar]):
@@ -61,7 +45,7 @@ class LazyArray(Sequence[Scalar]):
     def __getitem__(self, index: slice) -> list[Scalar]: ...
     def __getitem__(self, index: int | slice) -> Scalar | list[Scalar]:
         if self._items is None:
-            with _open(self._path) as cursor:
+            with open_gguf(self._path) as cursor:
                 cursor.position = self._offset
                 self._items = [cursor.scalar(self._type, "an array") for _ in range(self._count)]
         return self._items[index]
@@ -151,7 +135,7 @@ class GgufFile:
 
 def read_gguf(path: Path) -> GgufFile:
     """Read the header of `path` and hold every tensor against the size of the file. Raises ModelFileError."""
-    with _open(path) as cursor:
+    with open_gguf(path) as cursor:
         version, n_tensors, n_kv = _counts(cursor)
         metadata = dict(_key_values(cursor, n_kv))
         tensors = _tensors(cursor, n_tensors, _alignment(cursor, metadata))
@@ -163,7 +147,7 @@ def peek_gguf(path: Path) -> GgufFile:
 
     Raises ModelFileError, but may find only what is wrong in that part.
     """
-    with _open(path) as cursor:
+    with open_gguf(path) as cursor:
         version, _, n_kv = _counts(cursor)
         metadata = dict(_key_values(cursor, n_kv, stop_before="tokenizer.ggml.tokens"))
         if "general.file_type" in metadata:
@@ -189,89 +173,10 @@ def check_model_file(path: Path) -> None:
         )
 
 
-class _Cursor:
-    """A position in a mapped file. Reading past the end is a ModelFileError that gives both numbers."""
-
-    def __init__(self, path: Path, data: mmap.mmap | bytes) -> None:
-        self.path, self.data, self.position, self.size = path, data, 0, len(data)
-
-    def fail(self, what: str, hint: str = "Download or convert the file again.") -> NoReturn:
-        raise ModelFileError(f"{printable(self.path)}: {what}", hint=hint, path=self.path)
-
-    def advance(self, count: int, what: str) -> int:
-        """Step over `count` bytes; the position before them."""
-        start, end = self.position, self.position + count
-        if end > self.size:
-            self.fail(f"the file is cut short or damaged: {what} reaches to byte {end}, the file has {self.size}")
-        self.position = end
-        return start
-
-    def u32(self, what: str) -> int:
-        return int(_U32.unpack_from(self.data, self.advance(4, what))[0])
-
-    def u64(self, what: str) -> int:
-        return int(_U64.unpack_from(self.data, self.advance(8, what))[0])
-
-    def text(self, what: str, limit: int = MAX_STRING_BYTES) -> str:
-        length = self.u64(what)
-        start = self.advance(length, what)
-        if length > limit:
-            self.fail(f"{what} has {length} bytes, more than {limit}")
-        return self.data[start : self.position].decode("utf-8", "replace")
-
-    def scalar(self, kind: int, what: str) -> Scalar:
-        if kind == _STRING:
-            return self.text(what)
-        layout = _SCALARS.get(kind)
-        if layout is None:
-            self.fail(f"{what} has the unknown value type {kind}")
-        value: Scalar = layout.unpack_from(self.data, self.advance(layout.size, what))[0]
-        return value
-
-    def skip_strings(self, count: int, what: str) -> None:
-        # The one loop over a vocabulary: 300 thousand lengths, so no call and no attribute in it.
-        if count > MAX_STRINGS:
-            self.fail(f"{what} has {count} strings, more than {MAX_STRINGS}")
-        unpack, data, position, last = _U64.unpack_from, self.data, self.position, self.size - 8
-        for _ in range(count):
-            if position > last:
-                position = self.size + 1
-                break
-            position += 8 + unpack(data, position)[0]
-        self.advance(position - self.position, what)
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[_Cursor]:
-    try:
-        if path.is_dir():
-            raise ModelFileError(
-                f"{printable(path)} is a directory, not a GGUF file",
-                hint="Give the .gguf file inside it, or convert the checkpoint with `handmill convert`.",
-                path=path,
-            )
-        if path.exists() and not path.is_file():
-            raise ModelFileError(f"{printable(path)} is not a regular file", path=path)
-        with path.open("rb") as file:
-            if path.stat().st_size == 0:
-                raise ModelFileError(f"{printable(path)} is empty", hint="Download or convert it again.", path=path)
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                yield _Cursor(path, data)
-    except FileNotFoundError:
-        raise ModelFileError(
-            f"{printable(path)} does not exist",
-            hint="`handmill list` shows the models in the library.",
-            path=path,
-        ) from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise ModelFileError(f"{printable(path)} cannot be read: {printable(reason)}", path=path) from error
-
-
-def _counts(cursor: _Cursor) -> tuple[int, int, int]:
+def _counts(cursor: Cursor) -> tuple[int, int, int]:
     """Magic, version and the two counts. Each entry takes bytes, so the file's size bounds both counts."""
     if cursor.data[:4] != b"GGUF":
-        what, hint = _looks_like(cursor.data[:512], cursor.size)
+        what, hint = looks_like(cursor.data[:512], cursor.size)
         cursor.fail(f"not a GGUF file: {what}", hint)
     cursor.position = 4
     version = cursor.u32("the version")
@@ -290,7 +195,7 @@ def _counts(cursor: _Cursor) -> tuple[int, int, int]:
     return version, n_tensors, n_kv
 
 
-def _key_values(cursor: _Cursor, n_kv: int, stop_before: str | None = None) -> Iterator[tuple[str, Value]]:
+def _key_values(cursor: Cursor, n_kv: int, stop_before: str | None = None) -> Iterator[tuple[str, Value]]:
     seen: set[str] = set()
     for index in range(n_kv):
         key = cursor.text(f"metadata key {index}", MAX_KEY_BYTES)
@@ -303,28 +208,28 @@ def _key_values(cursor: _Cursor, n_kv: int, stop_before: str | None = None) -> I
             return
         seen.add(key)
         kind = cursor.u32(what)
-        if kind != _ARRAY:
+        if kind != ARRAY:
             yield key, cursor.scalar(kind, what)
             continue
         element, count = cursor.u32(what), cursor.u64(what)
         array = LazyArray(cursor.path, cursor.position, element, count)
-        if element == _STRING:
+        if element == STRING:
             cursor.skip_strings(count, what)
-        elif element in _SCALARS:
-            cursor.advance(count * _SCALARS[element].size, what)
+        elif element in SCALARS:
+            cursor.advance(count * SCALARS[element].size, what)
         else:
             cursor.fail(f"{what} is an array of the unknown value type {element}")
         yield key, array
 
 
-def _alignment(cursor: _Cursor, metadata: Mapping[str, Value]) -> int:
+def _alignment(cursor: Cursor, metadata: Mapping[str, Value]) -> int:
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
         cursor.fail(f"the alignment is {printable(alignment)}, which is no power of two")
     return alignment
 
 
-def _tensors(cursor: _Cursor, n_tensors: int, alignment: int) -> tuple[TensorInfo, ...]:
+def _tensors(cursor: Cursor, n_tensors: int, alignment: int) -> tuple[TensorInfo, ...]:
     """Every tensor info, with offsets from the file's start; each begins where the one before it ended."""
     tensors: list[TensorInfo] = []
     seen: set[str] = set()
@@ -351,7 +256,7 @@ def _tensors(cursor: _Cursor, n_tensors: int, alignment: int) -> tuple[TensorInf
     return tuple(TensorInfo(t.name, t.shape, t.type, start + t.offset, t.nbytes) for t in tensors)
 
 
-def _tensor(cursor: _Cursor, index: int) -> TensorInfo:
+def _tensor(cursor: Cursor, index: int) -> TensorInfo:
     name = cursor.text(f"the name of tensor {index}", MAX_TENSOR_NAME_BYTES)
     what = f"tensor '{printable(name)}'"
     n_dimensions = cursor.u32(what)
@@ -373,35 +278,3 @@ def _tensor(cursor: _Cursor, index: int) -> TensorInfo:
     if nbytes >= 1 << 63:
         cursor.fail(f"{what} has the impossible shape {list(shape)}")
     return TensorInfo(name, shape, kind, offset, nbytes)
-
-
-_SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
-    (b"version https://git-lfs", "it is a git-lfs pointer, not the file itself", "Run `git lfs pull` there."),
-    (b"PK\x03\x04", "it is a zip archive, perhaps a PyTorch checkpoint", ""),
-    (b"\x80\x02", "it is a Python pickle, perhaps a PyTorch checkpoint", ""),
-    (b"\x1f\x8b", "it is compressed with gzip", "Unpack it first."),
-    (b"FUGG", "its magic is reversed: a big endian GGUF file", "Get the little endian file."),
-    (b"tjgg", "it is a GGML file from before GGUF", ""),
-    (b"lmgg", "it is a GGML file from before GGUF", ""),
-    (b"fmgg", "it is a GGML file from before GGUF", ""),
-    (b"{", "it looks like JSON", ""),
-)
-_CONVERT_HINT = "Give a GGUF file, or a Hugging Face checkpoint directory with config.json and *.safetensors."
-
-
-def _looks_like(head: bytes, size: int) -> tuple[str, str]:
-    """What a file that is no GGUF seems to be, and what to do about it."""
-    stripped = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if stripped.startswith((b"<!doctype html", b"<html")):
-        return "it is a web page (HTML), perhaps an error or login page", "Download the file itself."
-    if len(head) > 8 and head[8:9] == b"{" and _U64.unpack_from(head)[0] < size:
-        return (
-            "it is a safetensors file, a shard of a checkpoint",
-            "Convert the directory that holds it: `handmill convert DIRECTORY`.",
-        )
-    for signature, what, hint in _SIGNATURES:
-        if head.startswith(signature):
-            return what, hint or _CONVERT_HINT
-    if not head.strip(b"\0"):
-        return "it begins with zeros, like an unfinished download", "Download it again."
-    return f"it begins with {head[:8]!r}", _CONVERT_HINT
