@@ -121,7 +121,7 @@ for layers in wanted:
         engine = load(Path(model), LoadOptions(context=int(context), gpu_layers=layers, repack=False))
     with engine:
         tokens = engine.encode_text("Once upon a time, in a small village,")
-        chunks = list(engine.generate(tokens, Sampling(temperature=0.0, max_tokens=12)))
+        chunks = list(engine.generate(tokens, Sampling(temperature=0.0, max_tokens=8)))
     print(json.dumps({
         "text": "".join(chunk.text for chunk in chunks),
         "gpu_layers": engine.info.gpu_layers,
