@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", type=Path, metavar="FILE", help="the file to write (default: in the library)"
     )
     kind = parser.add_argument(
-        "-t", "--type", default="Q4_K_M", metavar="TYPE", help="the file type (default %(default)s; 'list' shows them)"
+        "-t", "--type", metavar="TYPE", help="the file type (default Q4_K_M; 'list' shows them)"
     )
     kind.completer = _complete_type  # type: ignore[attr-defined]  # read by argcomplete
     parser.add_argument("--dry-run", action="store_true", help="print the plan and the final size, write nothing")
@@ -40,9 +40,8 @@ def run(args: argparse.Namespace) -> int:
     if args.type == "list":
         _print_types()
         return 0
-    from convert.file_types import file_type
+    from convert.file_types import DEFAULT, file_type
 
-    kind = file_type(args.type)
     if args.source is None:
         raise UsageError(
             "convert what?", hint="handmill convert SOURCE: a checkpoint directory, or owner/name on the hub."
@@ -51,9 +50,11 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--threads {args.threads}: there must be one at least")
     from convert.converter import convert_checkpoint, plan_conversion
     from runner.cli.progress import ProgressLine
-    from runner.cli.resolve import checkpoint_source
+    from runner.cli.resolve import checkpoint_source, remember_conversion
 
-    source, name = checkpoint_source(args.source, args.quiet)
+    kind = file_type(args.type) if args.type else None  # before anything is fetched
+    source, name, named_type = checkpoint_source(args.source, args.quiet)
+    kind = kind or file_type(named_type or DEFAULT.name)
     if args.dry_run:
         plan = plan_conversion(source, kind)
         _print_plan(plan, as_json=args.json)
@@ -69,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
             threads=args.threads,
             progress=lambda stage, done, total: line.show(stage, done, total, human_bytes),
         )
+    remember_conversion(source, kind.name, output)
     for warning in () if args.quiet else report.warnings:
         print(f"note: {printable(warning, 1000)}", file=sys.stderr)
     _print_report(report, as_json=args.json, quiet=args.quiet)

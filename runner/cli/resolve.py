@@ -47,15 +47,18 @@ def resolve_local_model(text: str | None) -> Path:
     return path
 
 
-def checkpoint_source(text: str, quiet: bool = False) -> tuple[Path, str]:
-    """The checkpoint directory of SOURCE, fetched first if it is a hub reference, and a name for what comes of it."""
+def checkpoint_source(text: str, quiet: bool = False) -> tuple[Path, str, str | None]:
+    """The checkpoint directory of SOURCE, a name for what comes of it, and the file type that a reference names.
+
+    A hub reference is fetched first.
+    """
     ref = _hub_ref(text)
     if ref is None:
-        return Path(text), Path(text).resolve().name
+        return Path(text), Path(text).resolve().name, None
     from models.hub import fetch_checkpoint
 
     with _said_where_else(text), fetch_progress(quiet) as progress:
-        return fetch_checkpoint(ref, progress), ref.name
+        return fetch_checkpoint(ref, progress), ref.name, ref.file_type
 
 
 @contextmanager
