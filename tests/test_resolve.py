@@ -92,8 +92,8 @@ def test_a_checkpoint_on_the_hub_is_fetched_converted_and_then_found_here(
         with pytest.raises(UsageError, match="NONSENSE"):
             resolve_model("kin/small:nonsense")
     assert resolve_model("kin/small:Q8_0") == made
-    folder, name, kind = checkpoint_source("kin/small")
-    assert (folder, name, kind) == (library.checkpoints_folder() / "kin--small", "small", "q8_0")
+    folder, name, kind = checkpoint_source("kin/small:q8_0")
+    assert (folder, name, kind) == (library.checkpoints_folder() / "kin--small", "small", "Q8_0")
     with pytest.raises(HubError, match=r"no file or directory kin/other"):
         checkpoint_source("kin/other")
 
