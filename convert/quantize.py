@@ -88,7 +88,11 @@ def choose_tensor_types(hollow: Path, file_type: FileType, n_tensors: int) -> di
     with capture_log() as log:
         status = lib.llama_model_quantize(os.fsencode(hollow), os.fsencode(os.devnull), ctypes.byref(params))
     if status != 0:
-        raise ConversionFailed(f"llama.cpp cannot plan this model: {'; '.join(log.problems())}")
+        raise ConversionFailed(
+            f"llama.cpp cannot quantize this model to {file_type.name}: {'; '.join(log.problems())}",
+            hint="Choose another --type.",
+            file_type=file_type.name,
+        )
     if any(_NEEDS_MATRIX in line for line in log.lines):
         raise UnsupportedError(
             f"{file_type.name} needs an importance matrix for this model, which handmill does not make",

@@ -61,6 +61,12 @@ class TensorPlan:
 
 def plan_tensors(checkpoint: Checkpoint, family: ModelFamily, hparams: Hparams) -> list[TensorPlan]:
     """The tensors of the file. Raises TensorError for one that nobody asked for, that is missing or misshapen."""
+    n_tensors = len(checkpoint.tensors)
+    if hparams.n_layers > n_tensors:  # gguf lists the names of all blocks: not of 2^30
+        raise TensorError(
+            f"config.json asks for {hparams.n_layers:,} blocks, the checkpoint has {n_tensors:,} tensors",
+            hint="A shard is missing, or the config does not belong to these weights.",
+        )
     names = gguf.get_tensor_name_map(_architecture(family), hparams.n_layers)
     plans = {plan.name: plan for plan in _computed_tensors(hparams)}
     for tensor in checkpoint.tensors.values():

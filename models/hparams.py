@@ -12,6 +12,9 @@ from models.errors import CheckpointError, UnsupportedError
 RopeType = Literal["default", "linear", "llama3", "yarn"]
 _ROPE_TYPES: tuple[RopeType, ...] = ("default", "linear", "llama3", "yarn")
 
+_MAX_HEAD_DIM = 1 << 16
+"""Far above any model; as much is allocated for rope factors before llama.cpp looks at the shapes."""
+
 # Fields that change what a model computes, with the values that leave it as it is. llama.cpp's graphs of the
 # families here know none of them, so any other value would make a file that answers wrongly.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -96,8 +99,12 @@ class Hparams:
     @property
     def head_dim(self) -> int:
         """Rows of one head, given or hidden size by heads. Raises CheckpointError if that does not divide."""
-        if self.get("head_dim") is not None:
-            return self.integer("head_dim")
+        dim = self.integer("head_dim") if self.get("head_dim") is not None else self._divided_head_dim()
+        if dim > _MAX_HEAD_DIM:
+            raise CheckpointError(f"config.json: a head of {dim:,} rows is out of range", field="head_dim")
+        return dim
+
+    def _divided_head_dim(self) -> int:
         hidden = self.integer("hidden_size")
         if hidden % self.n_heads:
             raise CheckpointError(
