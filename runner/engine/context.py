@@ -123,13 +123,16 @@ class Context:
     def _decode(self, tokens: Sequence[int]) -> None:
         ids = (ctypes.c_int32 * len(tokens))(*tokens)
         before = len(self.held)
-        with native.capture_log() as log:
-            status = self._lib.llama_decode(self._context, self._lib.llama_batch_get_one(ids, len(tokens)))
+        self.held.extend(tokens)
+        try:
+            with native.capture_log() as log:
+                status = self._lib.llama_decode(self._context, self._lib.llama_batch_get_one(ids, len(tokens)))
+        except BaseException:  # Ctrl-C in the calling thread, before or after the call
+            del self.held[self._lib.llama_memory_seq_pos_max(self._memory, 0) + 1 :]
+            raise
         if status == 0:
-            self.held.extend(tokens)
             return
         # What an interrupted batch left in the memory is unknown: cut it off, or drop everything.
-        self.held.extend(tokens)
         if before == 0:
             self.clear()
         else:

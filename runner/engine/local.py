@@ -35,6 +35,10 @@ from runner.prompt import PromptEncoder
 
 Result = TypeVar("Result")
 
+DIRECT_BELOW = 0.15
+"""Seconds. A step quicker than this runs in the calling thread: Ctrl-C can wait that long, and waking another
+thread for every token costs a multiple of the computation on a busy machine."""
+
 _CLOSED = "the model was closed"
 
 
@@ -47,8 +51,8 @@ def load(path: Path, options: LoadOptions | None = None, progress: LoadProgress 
 class LocalEngine:
     """A model loaded in this process. One generation at a time; `cancel` may come from any thread.
 
-    llama.cpp runs in one worker thread, so that the thread which iterates stays open to Ctrl-C: interrupted, it
-    stops the computation within milliseconds and leaves the engine usable.
+    What takes long runs in a worker thread, so that the thread which iterates stays open to Ctrl-C: interrupted,
+    it stops the computation within milliseconds and leaves the engine usable.
     """
 
     def __init__(self, loaded: Loaded, *, parse_special: bool = False) -> None:
@@ -128,6 +132,7 @@ class LocalEngine:
         started = time.perf_counter()
         cached = generated = 0
         prefill_seconds = generate_seconds = 0.0
+        step_seconds = DIRECT_BELOW
         finish: FinishReason = "stop"
         limit = sampling.max_tokens
 
@@ -162,8 +167,12 @@ class LocalEngine:
                     finish = "length"
                     break
                 began = time.perf_counter()
-                self._run(partial(advance, token))
-                generate_seconds += time.perf_counter() - began
+                if step_seconds < DIRECT_BELOW:
+                    advance(token)
+                else:
+                    self._run(partial(advance, token))
+                step_seconds = time.perf_counter() - began
+                generate_seconds += step_seconds
         except Cancelled:
             finish = "cancelled"
         finally:
