@@ -180,7 +180,7 @@ TINY_MERGES = ("▁ t", "h e", "▁t he", "i n", "▁ a", "e r", "o n", "▁a n"
 
 
 def tiny_tokenizer() -> Json:
-    """tokenizer.json as Llama 2 has it: BPE with byte fallback. 318 tokens."""
+    """tokenizer.json as Llama 2 has it: BPE with byte fallback. 316 tokens."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     pieces += [merge.replace(" ", "") for merge in TINY_MERGES]
     pieces += ["▁", *map(chr, range(ord("a"), ord("z") + 1)), *"ABCDEF0123456789.,"]
@@ -226,13 +226,29 @@ def _added_token(i: int, content: str, **flags: bool) -> Json:
     return {"id": i, "content": content, **plain, **flags}
 
 
+def spell_as_transformers_4(folder: Path) -> Path:
+    """The same checkpoint, spelt as transformers 4 wrote it."""
+
+    def config(fields: Json) -> None:
+        rope = fields.pop("rope_parameters")
+        fields["rope_theta"] = rope.pop("rope_theta")
+        fields["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+        fields["torch_dtype"] = fields.pop("dtype")
+
+    edit_json(folder / "config.json", config)
+    template = folder / "chat_template.jinja"
+    if template.exists():
+        text = template.read_text(encoding="utf-8")
+        edit_json(folder / "tokenizer_config.json", lambda fields: fields.update(chat_template=text))
+        template.unlink()
+    return folder
+
+
 # SmolLM2, out of the starter's GGUF
 
 
-def starter_checkpoint(
-    folder: Path, starter: Path, *, blocks: int = 30, shards: int = 3, transformers: Literal[4, 5] = 5
-) -> Path:
-    """The first blocks of SmolLM2-135M-Instruct in bf16, spelt as transformers 4 or 5 writes a checkpoint."""
+def starter_checkpoint(folder: Path, starter: Path, *, blocks: int = 30, shards: int = 3) -> Path:
+    """The first blocks of SmolLM2-135M-Instruct in bf16, as transformers 5 writes a checkpoint."""
     folder.mkdir(parents=True)
     reader = gguf.GGUFReader(starter)
     keys = {name: field.contents() for name, field in reader.fields.items()}
@@ -240,6 +256,7 @@ def starter_checkpoint(
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,
         "bos_token_id": 1,
+        "dtype": "bfloat16",
         "eos_token_id": 2,
         "head_dim": 64,
         "hidden_act": "silu",
@@ -256,6 +273,7 @@ def starter_checkpoint(
         "pretraining_tp": 1,
         "rms_norm_eps": 1e-05,
         "rope_interleaved": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
         "tie_word_embeddings": True,
         "use_cache": True,
         "vocab_size": keys["llama.vocab_size"],
@@ -269,13 +287,7 @@ def starter_checkpoint(
         "pad_token": "<|im_end|>",
         "unk_token": "<|endoftext|>",
     }
-    theta, template = 100000.0, keys["tokenizer.chat_template"]
-    if transformers == 5:
-        config |= {"dtype": "bfloat16", "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    else:
-        config |= {"torch_dtype": "bfloat16", "rope_scaling": None, "rope_theta": theta}
-        tokenizer_config["chat_template"] = template
+    (folder / "chat_template.jinja").write_text(keys["tokenizer.chat_template"], encoding="utf-8")
     write_json(folder / "config.json", config)
     write_json(folder / "tokenizer_config.json", tokenizer_config)
     write_json(folder / "tokenizer.json", _byte_level_tokenizer(keys))
