@@ -79,7 +79,11 @@ class Checkpoint:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Read the config and every shard's header. Raises CheckpointError, TensorError, UnsupportedError."""
     if not path.exists():
-        raise CheckpointError(f"no such directory: {path}", path=path)
+        raise CheckpointError(
+            f"no such directory: {path}",
+            hint="Give the folder of a checkpoint, or owner/name of a repository on the hub.",
+            path=path,
+        )
     if not path.is_dir():
         raise CheckpointError(
             f"{path} is not a directory",
@@ -139,7 +143,7 @@ def parse_json(text: str | bytes, path: Path) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        hint = ""
+        hint = "The file is damaged. Fetch it again."
         head = text[:40] if isinstance(text, str) else text[:40].decode("latin-1")
         if head.startswith("version https://git-lfs"):
             hint = "It is a Git LFS pointer: run `git lfs pull` in the checkpoint."

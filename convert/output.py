@@ -58,13 +58,15 @@ def flush(path: Path) -> None:
 def check_output(path: Path, nbytes: int, *, force: bool) -> None:
     """Raise OutputError for what can be known before anything is computed."""
     folder = path.parent
-    if path.is_dir():
+    with translated(path):  # a name may be too long even to be looked for
+        is_folder, exists = path.is_dir(), path.exists()
+    if is_folder:
         raise OutputError(f"{path} is a directory", hint="Give the name of a file: -o FOLDER/NAME.gguf.", path=path)
     if not folder.is_dir():
         raise OutputError(f"no such folder: {folder}", hint=f"Make it first: mkdir -p '{folder}'.", path=path)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"{folder} is not writable", hint="Choose another place with -o.", path=path)
-    if path.exists() and not force:
+    if exists and not force:
         raise _exists(path)
     free = shutil.disk_usage(folder).free
     with suppress(OSError):  # what a killed run left behind makes room
