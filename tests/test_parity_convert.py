@@ -138,8 +138,21 @@ def make_checkpoint(name: str, folder: Path, tokenizers_folder: Path) -> None:
             parameter.data += 0.1 * torch.randn_like(parameter)
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size="8MB")
     assert len(list(folder.glob("model-*.safetensors"))) > 1
+    if name == "qwen2":
+        add_model_card(folder)
     if "v4" in name:
         spell_as_transformers_4(folder)
+
+
+def add_model_card(folder: Path) -> None:
+    """What repositories on the hub have beside the weights: a card, and a recommended sampling."""
+    (folder / "README.md").write_text(
+        "---\nlicense: apache-2.0\nlicense_link: https://example.org/license\nlanguage:\n- en\n- zh\n- no\n"
+        "pipeline_tag: text-generation\nbase_model: Kin/Small-0.5B\ntags:\n- chat\ndatasets:\n- kin/texts\n"
+        "library_name: transformers\n---\n# Small 0.5B Instruct\n\nA model card.\n"
+    )
+    sampling = {"do_sample": True, "repetition_penalty": 1.1, "temperature": 0.7, "top_p": 0.8, "top_k": 20}
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [151645, 151643], **sampling}))
 
 
 def spell_as_transformers_4(folder: Path) -> None:
