@@ -31,6 +31,7 @@ _STEP = re.compile(r"\[\s*(\d+)/(\d+)\]|\[\s*(\d+)%\]")  # ninja's lines, and th
 _LIBRARY = re.compile(r"(?:lib)?ggml-(\w+)\.(?:so|dylib|dll)")
 _CUDA_FOLDERS = ("/usr/local/cuda/bin", "/opt/cuda/bin")  # where installers leave nvcc, often not on PATH
 
+_NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
 _NO_COMPILER = """llama.cpp is compiled for this machine, and no {language} compiler was found. Install one:
   Debian, Ubuntu   sudo apt install build-essential
   Fedora           sudo dnf install gcc gcc-c++
@@ -70,16 +71,35 @@ def wanted_build(version: str, environment: Mapping[str, str]) -> Build:
     machine = [sysconfig.get_platform(), *platform.libc_ver(), processor()]
     if cuda:
         machine += [*gpus, _output([cuda, "--version"])]
-    return Build(version, choose_flags(cuda, extra), "\n".join(machine))
+    amx = "amx_tile" in processor() and miscompiles_amx(_output([_compiler(environment), "--version"]))
+    return Build(version, choose_flags(cuda, extra, without_amx=amx), "\n".join(machine))
 
 
-def choose_flags(nvcc: str | None, extra: Iterable[str] = ()) -> tuple[str, ...]:
+def choose_flags(nvcc: str | None, extra: Iterable[str] = (), *, without_amx: bool = False) -> tuple[str, ...]:
     """The flags for cmake. `nvcc` is the CUDA compiler to use, None for a build without CUDA."""
     # The multimodal library is a quarter of the compilation, and handmill does not use it.
     flags = ["-DGGML_RPC=ON", "-DLLAVA_BUILD=OFF"]
     if nvcc:
         flags += ["-DGGML_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
+    if without_amx:
+        flags += [f"-DCMAKE_{language}_FLAGS={_NO_AMX}" for language in ("C", "CXX")]
     return (*flags, *extra)
+
+
+def miscompiles_amx(compiler: str) -> bool:
+    """Whether a compiler, by what it says of itself, drops the stores that set AMX tiles up.
+
+    GCC bug 114098, mended in 11.5, 12.4, 13.3 and 14: with it, llama.cpp ends the process at its first product.
+    """
+    version = re.match(r"[^\n]*?\)\s+(\d+)\.(\d+)\.\d+", compiler)
+    if not version or "Free Software Foundation" not in compiler:
+        return False
+    major, minor = int(version[1]), int(version[2])
+    return major < 14 and minor < {11: 5, 12: 4, 13: 3}.get(major, 1000)
+
+
+def _compiler(environment: Mapping[str, str]) -> str:
+    return next(iter(shlex.split(environment.get("CXX", ""))), "c++")
 
 
 def find_nvcc(environment: Mapping[str, str]) -> str | None:

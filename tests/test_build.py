@@ -12,7 +12,15 @@ import pytest
 
 from scripts import environment, llama_wheel
 from scripts.console import SetupError
-from scripts.llama_wheel import Build, choose_flags, missing_backends, provide_wheel, wanted_build, wheel_problem
+from scripts.llama_wheel import (
+    Build,
+    choose_flags,
+    miscompiles_amx,
+    missing_backends,
+    provide_wheel,
+    wanted_build,
+    wheel_problem,
+)
 
 LIBRARIES = ["llama_cpp/lib/libggml-base.so", "llama_cpp/lib/libggml-rpc.so", "llama_cpp/lib/libllama.so"]
 
@@ -55,6 +63,22 @@ def test_flags() -> None:
     assert choose_flags(None) == ("-DGGML_RPC=ON", "-DLLAVA_BUILD=OFF")
     assert "-DGGML_CUDA=ON" in choose_flags("/opt/nvcc")
     assert choose_flags(None, ["-DGGML_VULKAN=ON"])[-1] == "-DGGML_VULKAN=ON"
+
+
+@pytest.mark.parametrize(
+    ("version", "affected"),
+    [
+        ("c++ (Debian 12.2.0-14+deb12u1) 12.2.0", True),
+        ("g++ (Ubuntu 11.4.0-1ubuntu1~22.04) 11.4.0", True),
+        ("g++ (GCC) 13.2.1 20231205 (Red Hat 13.2.1-6)", True),
+        ("g++ (Ubuntu 13.3.0-6ubuntu2~24.04) 13.3.0", False),
+        ("c++ (Debian 14.2.0-19) 14.2.0", False),
+    ],
+)
+def test_a_compiler_that_breaks_amx_is_known(version: str, affected: bool) -> None:
+    assert miscompiles_amx(f"{version}\nCopyright (C) 2022 Free Software Foundation, Inc.\n") == affected
+    assert not miscompiles_amx(version.replace("g++", "clang"))
+    assert any("-mno-amx-int8" in flag for flag in choose_flags(None, without_amx=affected)) == affected
 
 
 def test_cuda_takes_both_the_compiler_and_a_gpu(machine: Path) -> None:
