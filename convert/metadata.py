@@ -6,7 +6,6 @@ Source: llama.cpp, conversion/base.py `set_gguf_parameters`, and the class of ea
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -79,7 +78,7 @@ def _add_general(writer: gguf.GGUFWriter, checkpoint: Checkpoint, n_parameters: 
 def _is_sampling_value(name: str, value: object) -> bool:
     if name == "sampling_sequence":
         return isinstance(value, str)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 3.4e38:
         return False
     if name in ("sampling_top_k", "sampling_penalty_last_n", "sampling_mirostat"):
         return isinstance(value, int) and abs(value) < 2**31

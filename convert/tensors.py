@@ -161,12 +161,16 @@ def _llama3_rope_factors(hparams: Hparams) -> NDArray[np.float32]:
     rope = hparams.rope
     dim = hparams.head_dim
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
-    frequencies = np.float32(1.0) / np.power(rope.theta, exponents.astype(np.float64)).astype(np.float32)
+    with np.errstate(all="ignore"):  # of an absurd theta; see below
+        frequencies = np.float32(1.0) / np.power(rope.theta, exponents.astype(np.float64)).astype(np.float32)
     factor = rope.number("factor", 8.0)
     low, high = rope.number("low_freq_factor", 1.0), rope.number("high_freq_factor", 4.0)
     trained_context = rope.number("original_max_position_embeddings", 8192)
-    if factor <= 0 or low <= 0 or high <= low or trained_context <= 0:
-        raise TensorError("config.json: the llama3 rope factors are not positive and rising", hint="See rope_scaling.")
+    if factor <= 0 or low <= 0 or high <= low or trained_context <= 0 or not np.isfinite(frequencies).all():
+        raise TensorError(
+            "config.json: the llama3 rope factors are not positive and rising",
+            hint="See rope_parameters, or rope_scaling and rope_theta.",
+        )
     factors = []
     for frequency in frequencies:
         wavelength = np.float32(2 * math.pi) / frequency

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,6 +10,9 @@ from models.errors import CheckpointError, UnsupportedError
 
 RopeType = Literal["default", "linear", "llama3", "yarn"]
 _ROPE_TYPES: tuple[RopeType, ...] = ("default", "linear", "llama3", "yarn")
+
+_MAX_FLOAT = 3.4e38
+"""GGUF keeps numbers in 32 bits."""
 
 _MAX_HEAD_DIM = 1 << 16
 """Far above any model; as much is allocated for rope factors before llama.cpp looks at the shapes."""
@@ -162,8 +164,10 @@ class Hparams:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
         raise CheckpointError(f"config.json: {name!r} is {_shown(value)}, not a number", field=name)
+    if not abs(value) <= _MAX_FLOAT:
+        raise CheckpointError(f"config.json: {name!r} is {_shown(value)}, out of range", field=name)
     return float(value)
 
 

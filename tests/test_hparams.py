@@ -78,9 +78,15 @@ def test_whole_floats_are_sizes() -> None:
     assert hparams(hidden_size=64.0).integer("hidden_size") == 64
 
 
-@pytest.mark.parametrize("value", ["1e-5", True, [], float("nan"), float("inf"), 10**400], ids=shown)
+@pytest.mark.parametrize("value", ["1e-5", True, [], float("nan")])
 def test_what_is_no_number(value: object) -> None:
     with pytest.raises(CheckpointError, match=r"'rms_norm_eps' is .*, not a number"):
+        hparams(rms_norm_eps=value).number("rms_norm_eps")
+
+
+@pytest.mark.parametrize("value", [float("inf"), -1e300, 10**400], ids=shown)
+def test_numbers_that_a_file_does_not_hold(value: object) -> None:
+    with pytest.raises(CheckpointError, match=r"'rms_norm_eps' is .*, out of range"):
         hparams(rms_norm_eps=value).number("rms_norm_eps")
 
 

@@ -111,21 +111,27 @@ def test_llama3_factors() -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{"factor": 0}, {"factor": -8.0}, {"low_freq_factor": 4.0}, {"original_max_position_embeddings": 0}],
+    [
+        {"factor": 0},
+        {"factor": -8.0},
+        {"low_freq_factor": 4.0},
+        {"original_max_position_embeddings": 0},
+        {"rope_theta": 0},
+        {"rope_theta": -1.0},
+        {"rope_theta": 1e-300},
+    ],
     ids=str,
 )
 def test_llama3_factors_that_make_no_sense(fields: dict[str, float]) -> None:
     with pytest.raises(CheckpointError, match="llama3 rope factors"):
-        plan(rope_parameters={"rope_type": "llama3", "rope_theta": 10000.0, **fields})
+        plan(rope_parameters={"rope_type": "llama3", "rope_theta": 10000.0} | fields)
 
 
 # What does not belong
 
 
 def test_tensor_that_nobody_asked_for() -> None:
-    with pytest.raises(
-        TensorError, match=r"'model\.layers\.0\.self_attn\.q_norm\.weight' in s has no place in a"
-    ):
+    with pytest.raises(TensorError, match=r"'model\.layers\.0\.self_attn\.q_norm\.weight' in s has no place in a"):
         plan(change={"model.layers.0.self_attn.q_norm.weight": (16,)})
 
 

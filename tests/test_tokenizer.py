@@ -312,7 +312,9 @@ def template(*single: str) -> Json:
     def step(word: str) -> Json:
         return {"Sequence": {"id": "A", "type_id": 0}} if word == "A" else {"SpecialToken": {"id": word, "type_id": 0}}
 
-    return {"type": "TemplateProcessing", "single": [step(word) for word in single], "pair": []}
+    special = {word: {"id": word, "ids": [i], "tokens": [word]} for i, word in (enumerate(("<s>", "</s>"), 1))}
+    single_steps = [step(word) for word in single]
+    return {"type": "TemplateProcessing", "single": single_steps, "pair": [step("A")], "special_tokens": special}
 
 
 BYTE_LEVEL = {"type": "ByteLevel"}
@@ -391,6 +393,13 @@ def test_template_that_is_not_text(tmp_path: Path) -> None:
 
 
 # Nothing but named errors, whatever is in the files
+
+
+def test_what_is_altered_below_is_sound(tmp_path: Path) -> None:
+    write_json(tmp_path / "tokenizer_config.json", CONFIG)
+    write_json(tmp_path / "tokenizer.json", FULL)
+    assert read_vocabulary(tmp_path, 320, ()).special.add == {"bos": True}
+
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-5, 2**70) | st.floats() | st.text(max_size=6),
