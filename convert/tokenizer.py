@@ -8,7 +8,8 @@ answers what the self-check will ask: the ids of a set of texts. Nothing of it o
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
 from hashlib import sha256
@@ -89,7 +90,8 @@ def read_vocabulary(path: Path, n_vocab: int, check_texts: Sequence[str]) -> Voc
     _check_padding(path, vocabulary, n_vocab)
     for check_text in check_texts:
         if tokenizer is not None:
-            ids = tokenizer.encode(check_text, add_special_tokens=False).ids
+            with _translated(path):
+                ids = tokenizer.encode(check_text, add_special_tokens=False).ids
         else:
             ids = processor.EncodeAsIds(check_text)
         vocabulary.expected_ids[check_text] = list(ids)
@@ -143,9 +145,19 @@ def _is_metaspace(document: Mapping[str, Any] | None) -> bool:
 def _load_tokenizer(path: Path, text: str) -> Any:
     import tokenizers
 
-    try:
+    with _translated(path):
         return tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # tokenizers raises plain Exception, for every kind of broken file
+
+
+@contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    """Around every call of tokenizers: for a broken file it raises plain Exception, or its Rust code panics."""
+    try:
+        yield
+    except BaseException as error:
+        # PanicException is no Exception, and no module exports it
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise TokenizerError(f"{path / 'tokenizer.json'} is not a tokenizer: {printable(error)}", path=path) from error
 
 
@@ -169,8 +181,9 @@ def _read_byte_level_bpe(
             continue
         if not entry["normalized"]:
             # llama.cpp matches the text as it is: give it the form that the tokenizer matches
-            encoded = tokenizer.encode(piece, add_special_tokens=False).ids
-            piece = tokenizer.decode(encoded, skip_special_tokens=False)
+            with _translated(path):
+                encoded = tokenizer.encode(piece, add_special_tokens=False).ids
+                piece = tokenizer.decode(encoded, skip_special_tokens=False)
         tokens[i], types[i] = _added_token(piece, entry["special"])
     return Vocabulary(
         model="gpt2",
@@ -306,7 +319,8 @@ def _added_token(piece: str, special: bool) -> tuple[bytes, TokenType]:
 
 
 def _pretokenizer(tokenizer: Any, path: Path) -> str:
-    ids = tokenizer.encode(pretokenizers.PROBE_TEXT).ids
+    with _translated(path):
+        ids = tokenizer.encode(pretokenizers.PROBE_TEXT).ids
     digest = sha256(str(ids).encode()).hexdigest()
     if digest not in pretokenizers.NAMES:
         raise UnsupportedTokenizer(

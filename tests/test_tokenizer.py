@@ -296,6 +296,23 @@ def test_tokenizers_at_odds_with_themselves(change: Any, message: str, tmp_path:
     assert str(raised.value).isprintable()
 
 
+def test_a_tokenizer_that_fails_when_it_is_used(tmp_path: Path) -> None:
+    document = byte_level()
+    del document["model"]["vocab"]["a"]
+    document["model"]["unk_token"] = "absent"
+    write_json(tmp_path / "tokenizer.json", document)
+    with pytest.raises(TokenizerError, match=r"is not a tokenizer: .*absent"):
+        read_vocabulary(tmp_path, 280, ())
+
+
+def test_a_tokenizer_that_panics(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_tiny_tokenizer(tmp_path)
+    edit_json(tmp_path / "tokenizer.json", lambda t: t["model"].update(continuing_subword_prefix="prefix"))
+    with pytest.raises(TokenizerError, match="is not a tokenizer"):
+        read_vocabulary(tmp_path, 320, ())
+    capfd.readouterr()  # Rust writes to stderr itself
+
+
 def test_fewer_tokens_than_rows_beyond_padding(tmp_path: Path) -> None:
     write_tiny_tokenizer(tmp_path)
     assert read_vocabulary(tmp_path, 316 + 1024, ()).n_padding == 1024
