@@ -99,7 +99,7 @@ class _Work:
 
     def run(self, path: Path) -> None:
         try:
-            with path.open("r+b", buffering=0) as file:
+            with translated(path), path.open("r+b", buffering=0) as file:
                 while (slab := self._next()) is not None:
                     encoded = _encode(slab)
                     tensor = slab.tensor

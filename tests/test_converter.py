@@ -14,7 +14,6 @@ import pytest
 from convert.check import LIMIT_TEXTS
 from convert.converter import convert_checkpoint, plan_conversion
 from convert.file_types import file_type
-from convert.pipeline import write_tensors
 from models.errors import CheckFailed, OutputError, TensorError
 from models.gguf_file import LazyArray, read_gguf
 from models.native import forward_pass, open_vocabulary
@@ -218,18 +217,6 @@ def test_logits_that_are_not_finite_fail_the_check(tmp_path: Path) -> None:
     with pytest.raises(CheckFailed, match="NaN or infinite logits"):
         convert_checkpoint(checkpoint, tmp_path / "out.gguf")
     assert files(tmp_path) == ["tiny"]
-
-
-def test_a_shard_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
-    checkpoint = tiny_checkpoint(tmp_path / "tiny", shards=1)
-
-    plan = plan_conversion(checkpoint)
-    shard = checkpoint / "model.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-10])
-
-    (tmp_path / "partial").write_bytes(bytes(plan.n_bytes))
-    with pytest.raises(TensorError, match="was cut short while it was read"):
-        write_tensors(plan.tensors, tmp_path / "partial", threads=2, progress=lambda n: None)
 
 
 # The self-check
