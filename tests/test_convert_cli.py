@@ -33,6 +33,7 @@ from tests.checkpoints import (
 )
 
 COMMAND = [sys.executable, "-m", "runner.cli.main"]
+SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 SHARD = "model-00001-of-00002.safetensors"
 
 
@@ -308,16 +309,20 @@ def slow_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def encoding(slow_checkpoint: Path, output: Path) -> Iterator[subprocess.Popen[str]]:
     """A conversion in the middle of its encoding."""
     arguments = ["convert", str(slow_checkpoint), "-t", "IQ3_S", "-j", "1", "-o", str(output)]
-    process = subprocess.Popen(
-        [*COMMAND, *arguments],
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # a shell may have started the tests with Ctrl-C ignored
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+    # What this process ignores, a child would ignore too: the tests may run under nohup, or in the background.
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
+    try:
+        process = subprocess.Popen(
+            [*COMMAND, *arguments],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     try:
         partial = output.with_name(f".{output.name}.partial")
         deadline = time.monotonic() + 60
@@ -331,9 +336,7 @@ def encoding(slow_checkpoint: Path, output: Path) -> Iterator[subprocess.Popen[s
         process.communicate()
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)], ids=lambda n: str(n)
-)
+@pytest.mark.parametrize(("number", "code"), SIGNALS.items(), ids=lambda value: str(int(value)))
 def test_signals_leave_nothing_behind(slow_checkpoint: Path, output: Path, number: int, code: int) -> None:
     with encoding(slow_checkpoint, output) as process:
         process.send_signal(number)

@@ -67,6 +67,14 @@ def test_takes_its_name_when_it_is_whole(path: Path) -> None:
     assert files(path.parent) == ["model.gguf"]
 
 
+def test_it_is_on_the_disk_before_it_has_its_name(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[bool] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(path.exists()))
+    with whole_file(path, 4, force=False):
+        pass
+    assert synced == [False, True]  # the file, then the folder
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_whatever_ends_the_block_removes_it(path: Path, error: type[BaseException]) -> None:
     with pytest.raises(error), whole_file(path, 4, force=False):
