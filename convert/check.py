@@ -29,7 +29,7 @@ CHECK_TEXTS = (
     "ALLCAPS camelCase snake_case kebab-case x²+y³≠z½ €100 £5 ©®™",
 )  # fmt: skip
 
-_FORWARD_TOKENS = 4
+_FORWARD_TOKENS = 2
 
 # On these llama.cpp is known to part from tokenizers that normalise (it does not), or split marks off letters.
 LIMIT_TEXTS = (

@@ -2,19 +2,16 @@
 
     checkpoint -> family -> (tensor plan, metadata, vocabulary) -> tensor types -> header -> rows -> check -> file
 
-`plan_conversion` does all that needs no weights; `convert_checkpoint` carries the plan out. The header comes first,
-since the types fix every offset; then rows stream from shard to file through threads that encode them.
+`plan_conversion` does all that needs no weights; `convert_checkpoint` carries the plan out. The types fix every
+offset; then rows stream from shard to file through threads that encode them, while a process reads the tokenizer.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import os
 import struct
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,11 +24,14 @@ from convert.file_types import DEFAULT, FileType
 from convert.gguf_writer import TensorEntry, header_bytes, padded
 from convert.output import check_output, flush, translated, whole_file
 from convert.pipeline import PlacedTensor, write_tensors
+from convert.reading import reading_vocabulary
 from convert.tensors import TensorPlan, plan_tensors
-from convert.tokenizer import Vocabulary, read_vocabulary
+from convert.tokenizer import Vocabulary
 from models.errors import CheckpointError
 from models.families import ModelFamily, family_of
 from models.hparams import Hparams
+
+_TEXTS = (*CHECK_TEXTS, *LIMIT_TEXTS)
 
 Stage = Literal["planning", "encoding", "checking"]
 Progress = Callable[[Stage, int, int], None]
@@ -59,14 +59,6 @@ class ConversionPlan:
     expected_ids: dict[str, list[int]]
     known_limits: frozenset[str]
     warnings: tuple[str, ...]
-
-    @property
-    def n_vocab(self) -> int:
-        return next(tensor.plan.shape[0] for tensor in self.tensors if tensor.plan.name == "token_embd.weight")
-
-    @property
-    def source_bytes(self) -> int:
-        return sum(tensor.plan.source.nbytes for tensor in self.tensors if tensor.plan.source is not None)
 
     @property
     def n_bytes(self) -> int:
@@ -119,30 +111,37 @@ def convert_checkpoint(
     threads = threads or available_cores()
     check_output(output, 0, force=force)
     progress("planning", 0, 1)
-    plan = plan_conversion(source, file_type)
-    warnings = list(plan.warnings)
-    with whole_file(output, plan.n_bytes, force=force) as partial:
-        with translated(output), partial.open("r+b") as file:
-            file.write(plan.header)
-        with ThreadPoolExecutor(1) as beside:
-            # The vocabulary is complete now: it is checked while the weights are encoded, and ends that if it fails.
-            checked = beside.submit(check_vocabulary, partial, plan.expected_ids, plan.known_limits) if check else None
+    model = _open_model(source)
+    # The process that reads the tokenizer ends first, so that nothing waits for it when something else went wrong.
+    with ThreadPoolExecutor(1) as beside, reading_vocabulary(source, model.n_vocab, _TEXTS) as vocabulary:
+        tensors = _place(model, file_type)
+        n_data = sum(padded(tensor.nbytes) for tensor in tensors)
+        source_bytes = model.checkpoint.n_bytes
+        with whole_file(output, n_data, force=force) as partial:
+            planned = beside.submit(lambda: _write_header(_finish(model, file_type, tensors, vocabulary()), partial))
+            # While the weights are encoded the vocabulary is checked, which ends the run at once if it fails.
+            checked = beside.submit(lambda: _check_vocabulary(planned.result(), partial)) if check else None
 
             def encoded(n_bytes: int) -> None:
-                if checked is not None and checked.done():
-                    checked.result()
-                progress("encoding", n_bytes, plan.source_bytes)
+                for future in (planned, checked):
+                    if future is not None and future.done():
+                        future.result()
+                progress("encoding", n_bytes, source_bytes)
 
-            write_tensors(plan.tensors, partial, threads=threads, progress=encoded)
-            warnings += checked.result() if checked is not None else []
+            def data_start(wait: bool) -> int | None:
+                return len(planned.result().header) if wait or planned.done() else None
+
+            write_tensors(tensors, partial, data_start=data_start, threads=threads, progress=encoded)
+            plan = planned.result()
+            warnings = [*plan.warnings, *(checked.result() if checked is not None else ())]
             beside.submit(flush, partial)
             if check:
-                progress("checking", plan.source_bytes, plan.source_bytes)
+                progress("checking", source_bytes, source_bytes)
                 check_computation(
                     partial,
                     plan.expected_ids,
-                    architecture=plan.family.gguf_arch,
-                    n_vocab=plan.n_vocab,
+                    architecture=model.family.gguf_arch,
+                    n_vocab=model.n_vocab,
                     threads=threads,
                 )
     return ConversionReport(output, plan, time.monotonic() - started, check, warnings)
@@ -153,26 +152,59 @@ def plan_conversion(source: Path, file_type: FileType = DEFAULT) -> ConversionPl
 
     Raises CheckpointError, UnsupportedError, TensorError, TokenizerError, ConversionFailed.
     """
+    model = _open_model(source)
+    with reading_vocabulary(source, model.n_vocab, _TEXTS) as vocabulary:
+        return _finish(model, file_type, _place(model, file_type), vocabulary())
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What the configs and the shards' headers tell."""
+
+    checkpoint: Checkpoint
+    family: ModelFamily
+    hparams: Hparams
+    tensors: Sequence[TensorPlan]
+
+    @property
+    def n_vocab(self) -> int:
+        return self.hparams.integer("vocab_size")
+
+
+def _open_model(source: Path) -> _Model:
     checkpoint = open_checkpoint(source)
     family = family_of(checkpoint.architecture)
     hparams = Hparams(checkpoint.config, family.defaults)
     hparams.refuse_unknown_computation()
-    tensors = plan_tensors(checkpoint, family, hparams)
-    placed = _place(tensors, checkpoint, family, hparams, file_type)
-    vocabulary = read_vocabulary(source, hparams.integer("vocab_size"), (*CHECK_TEXTS, *LIMIT_TEXTS))
-    header = _header(placed, checkpoint, family, hparams, file_type.id, vocabulary)
-    expected_ids, notes = vocabulary.expected_ids, _vocabulary_notes(vocabulary)
-    limits = frozenset(text for text in expected_ids if vocabulary.prefix_if_absent and text.startswith(" "))
-    del vocabulary
-    _release_memory()
-    offset = len(header)
-    at = []
-    for tensor in placed:
-        at.append(PlacedTensor(tensor.plan, tensor.kind, tensor.carrier, offset, tensor.nbytes))
-        offset += padded(tensor.nbytes)
+    return _Model(checkpoint, family, hparams, plan_tensors(checkpoint, family, hparams))
+
+
+def _finish(
+    model: _Model, file_type: FileType, tensors: Sequence[PlacedTensor], vocabulary: Vocabulary
+) -> ConversionPlan:
+    expected = vocabulary.expected_ids
+    limits = {text for text in expected if vocabulary.prefix_if_absent and text.startswith(" ")}
     return ConversionPlan(
-        checkpoint, family, file_type, tuple(at), header, expected_ids, limits.union(LIMIT_TEXTS), notes
+        model.checkpoint,
+        model.family,
+        file_type,
+        tuple(tensors),
+        _header(tensors, model, file_type.id, vocabulary),
+        expected,
+        frozenset(limits.union(LIMIT_TEXTS)),
+        _vocabulary_notes(vocabulary),
     )
+
+
+def _write_header(plan: ConversionPlan, partial: Path) -> ConversionPlan:
+    with translated(partial), partial.open("r+b") as file:
+        file.write(plan.header)
+        file.truncate(plan.n_bytes)
+    return plan
+
+
+def _check_vocabulary(plan: ConversionPlan, partial: Path) -> list[str]:
+    return check_vocabulary(partial, plan.expected_ids, plan.known_limits)
 
 
 def available_cores() -> int:
@@ -182,30 +214,29 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _place(
-    tensors: Sequence[TensorPlan],
-    checkpoint: Checkpoint,
-    family: ModelFamily,
-    hparams: Hparams,
-    file_type: FileType,
-) -> list[PlacedTensor]:
+def _place(model: _Model, file_type: FileType) -> list[PlacedTensor]:
     """Ask llama.cpp for the type and order of the tensors, on a hollow file of the types it would quantize from."""
-    carrier = _carrier(checkpoint)
-    unquantized = [
-        PlacedTensor(plan, kind, kind, 0, plan.n_rows * kind.row_bytes(plan.row_length))
-        for plan in tensors
-        for kind in [quantize.F32 if plan.keep_f32 else carrier]
-    ]
-    header = _header(unquantized, checkpoint, family, hparams, 0, None)
+    carrier = _carrier(model.checkpoint)
+    carriers = {plan.name: quantize.F32 if plan.keep_f32 else carrier for plan in model.tensors}
+    unquantized = _in_order((plan, carriers[plan.name], carriers[plan.name]) for plan in model.tensors)
+    header = _header(unquantized, model, 0, None)
     with quantize.hollow_file(header, sum(padded(tensor.nbytes) for tensor in unquantized)) as hollow:
-        sources = {plan.name: plan.source.name for plan in tensors if plan.source is not None}
+        sources = {plan.name: plan.source.name for plan in model.tensors if plan.source is not None}
         quantize.check_structure(hollow, sources)
-        types = quantize.choose_tensor_types(hollow, file_type, len(tensors))
-    by_name = {tensor.plan.name: tensor for tensor in unquantized}
-    placed = []
-    for name, kind in types.items():
-        plan, before = by_name[name].plan, by_name[name].carrier
-        placed.append(PlacedTensor(plan, kind, before, 0, plan.n_rows * kind.row_bytes(plan.row_length)))
+        types = quantize.choose_tensor_types(hollow, file_type, len(unquantized))
+    plans = {plan.name: plan for plan in model.tensors}
+    return _in_order((plans[name], kind, carriers[name]) for name, kind in types.items())
+
+
+def _in_order(
+    tensors: Iterable[tuple[TensorPlan, quantize.TensorType, quantize.TensorType]],
+) -> list[PlacedTensor]:
+    """Tensors with their types and carriers, one after the other."""
+    placed, offset = [], 0
+    for plan, kind, carrier in tensors:
+        nbytes = plan.n_rows * kind.row_bytes(plan.row_length)
+        placed.append(PlacedTensor(plan, kind, carrier, offset, nbytes))
+        offset += padded(nbytes)
     return placed
 
 
@@ -217,18 +248,11 @@ def _carrier(checkpoint: Checkpoint) -> quantize.TensorType:
     return quantize.F32
 
 
-def _header(
-    tensors: Sequence[PlacedTensor],
-    checkpoint: Checkpoint,
-    family: ModelFamily,
-    hparams: Hparams,
-    file_type_id: int,
-    vocabulary: Vocabulary | None,
-) -> bytes:
+def _header(tensors: Sequence[PlacedTensor], model: _Model, file_type_id: int, vocabulary: Vocabulary | None) -> bytes:
     keys = metadata.build_metadata(
-        checkpoint,
-        family,
-        hparams,
+        model.checkpoint,
+        model.family,
+        model.hparams,
         n_parameters=sum(tensor.plan.n_weights for tensor in tensors),
         file_type=file_type_id,
         vocabulary=vocabulary,
@@ -239,19 +263,10 @@ def _header(
     try:
         return header_bytes(keys, entries)
     except (struct.error, OverflowError, UnicodeEncodeError) as error:
-        raise CheckpointError(f"the metadata of {checkpoint.path} cannot be stored: {error}") from error
+        raise CheckpointError(f"the metadata of {model.checkpoint.path} cannot be stored: {error}") from error
 
 
 def _vocabulary_notes(vocabulary: Vocabulary) -> tuple[str, ...]:
     if vocabulary.special.chat_template is None:
         return ("the checkpoint has no chat template: `handmill run` continues text, `handmill chat` cannot talk",)
     return ()
-
-
-def _release_memory() -> None:
-    """Give the tokenizer's memory back to the system before encoding begins."""
-    gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)

@@ -19,6 +19,9 @@ except ImportError:  # Windows, where a file that is open cannot be removed: tha
     fcntl = None  # type: ignore[assignment]
 
 
+_PARTIAL = ".partial"
+
+
 @contextmanager
 def whole_file(path: Path, nbytes: int, *, force: bool) -> Iterator[Path]:
     """A temporary file of `nbytes` beside `path`, which takes its name when the block ends without an error.
@@ -28,7 +31,7 @@ def whole_file(path: Path, nbytes: int, *, force: bool) -> Iterator[Path]:
     `force` is false, the disk is too small.
     """
     check_output(path, nbytes, force=force)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = _partial_of(path)
     with translated(path):
         file = _create_locked(partial, path)
     try:
@@ -47,6 +50,10 @@ def whole_file(path: Path, nbytes: int, *, force: bool) -> Iterator[Path]:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
+
+
+def _partial_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}{_PARTIAL}")
 
 
 def flush(path: Path) -> None:
@@ -70,7 +77,7 @@ def check_output(path: Path, nbytes: int, *, force: bool) -> None:
         raise _exists(path)
     free = shutil.disk_usage(folder).free
     with suppress(OSError):  # what a killed run left behind makes room
-        free += path.with_name(f".{path.name}.partial").stat().st_blocks * 512
+        free += _partial_of(path).stat().st_blocks * 512
     if nbytes > free:
         raise OutputError(
             f"{path} will take {human_bytes(nbytes)}, and {folder} has {human_bytes(free)} free",
@@ -83,7 +90,9 @@ def check_output(path: Path, nbytes: int, *, force: bool) -> None:
 
 @contextmanager
 def translated(path: Path) -> Iterator[None]:
-    """Turn an OSError of writing `path` into an OutputError that says what to do."""
+    """Turn an OSError of writing `path`, or of the temporary file for it, into an OutputError that says what to do."""
+    if path.name.startswith(".") and path.name.endswith(_PARTIAL):
+        path = path.with_name(path.name[1:].removesuffix(_PARTIAL))
     try:
         yield
     except OSError as error:

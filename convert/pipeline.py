@@ -7,9 +7,9 @@ thread, whatever the size of the model. Slabs are written where they belong, in 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +24,12 @@ from models.text import printable
 
 SLAB_WEIGHTS = 1 << 18
 _POLL_SECONDS = 0.05
+_WAITING_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class PlacedTensor:
-    """A planned tensor with its type and its place: `offset` and `nbytes` in the file.
+    """A planned tensor with its type and its place: `offset` in the file's tensor data, `nbytes` of it.
 
     `carrier` is the type that llama.cpp's converter would have stored it in before llama-quantize.
     """
@@ -52,21 +53,31 @@ class _Slab:
         return self.n_rows * self.tensor.plan.row_length * ITEM_BYTES[source.dtype] if source else 0
 
 
+DataStart = Callable[[bool], int | None]
+"""Where the tensor data begins in the file, in bytes. None while that is not known, unless told to wait for it."""
+
+
 def write_tensors(
-    tensors: Sequence[PlacedTensor], path: Path, *, threads: int, progress: Callable[[int], None]
+    tensors: Sequence[PlacedTensor],
+    path: Path,
+    *,
+    data_start: DataStart,
+    threads: int,
+    progress: Callable[[int], None],
 ) -> None:
     """Encode all tensors into the file at `path`. `progress` is told the bytes read, in the calling thread.
 
-    Raises TensorError (NaN or infinity, a shard that shrank), OutputError, ConversionFailed.
+    Slabs that are ready before `data_start` is known wait in memory, a bounded number of them. Raises TensorError
+    (NaN or infinity, a shard that shrank), OutputError, ConversionFailed, and what `data_start` and `progress` raise.
     """
     prepare_encoder(list({tensor.kind.id: tensor.kind for tensor in tensors}.values()))
-    work = _Work(_slabs(tensors))
+    work = _Work(_slabs(tensors), data_start, _WAITING_BYTES // threads)
     workers = [threading.Thread(target=work.run, args=(path,), daemon=True) for _ in range(threads)]
     try:
         for worker in workers:
             worker.start()
         while any(worker.is_alive() for worker in workers):
-            time.sleep(_POLL_SECONDS) if len(workers) > 1 else workers[0].join(_POLL_SECONDS)
+            work.ended.wait(_POLL_SECONDS)
             progress(work.bytes_read)
     finally:
         # Ctrl-C lands here too: the slabs under way end, no new one begins.
@@ -79,7 +90,8 @@ def write_tensors(
 
 
 def _slabs(tensors: Sequence[PlacedTensor]) -> Iterator[_Slab]:
-    for tensor in tensors:
+    # Types of large blocks take longest by far: first, so that little waits in memory until `data_start` is known.
+    for tensor in sorted(tensors, key=lambda tensor: -tensor.kind.block):
         plan = tensor.plan
         together = plan.rows_together
         rows = max(SLAB_WEIGHTS // (plan.row_length * together), 1) * together if len(plan.shape) > 1 else 1
@@ -90,30 +102,50 @@ def _slabs(tensors: Sequence[PlacedTensor]) -> Iterator[_Slab]:
 class _Work:
     """Slabs handed out one at a time to the threads that ask, and the first error of any of them."""
 
-    def __init__(self, slabs: Iterator[_Slab]) -> None:
+    def __init__(self, slabs: Iterator[_Slab], data_start: DataStart, waiting_bytes: int) -> None:
         self._slabs = slabs
+        self._data_start = data_start
+        self._waiting_bytes = waiting_bytes
         self._lock = threading.Lock()
         self.bytes_read = 0
         self.error: Exception | None = None
         self.stop = False
+        self.ended = threading.Event()
 
     def run(self, path: Path) -> None:
         try:
             with translated(path), path.open("r+b", buffering=0) as file:
+                waiting: list[tuple[_Slab, NDArray[np.uint8]]] = []
+                n_waiting = 0
                 while (slab := self._next()) is not None:
                     encoded = _encode(slab)
-                    tensor = slab.tensor
-                    with translated(path):
-                        file.seek(tensor.offset + slab.first_row * tensor.kind.row_bytes(tensor.plan.row_length))
-                        rest = encoded.data
-                        while rest:
-                            rest = rest[file.write(rest) :]
-                    with self._lock:
-                        self.bytes_read += slab.source_bytes
+                    waiting.append((slab, encoded))
+                    n_waiting += encoded.nbytes
+                    if self._write(file, waiting, wait=n_waiting > self._waiting_bytes):
+                        n_waiting = 0
+                self._write(file, waiting, wait=not self.stop)
         except Exception as error:  # carried to the thread that waits, and raised there
             with self._lock:
                 self.error = self.error or error
                 self.stop = True
+        self.ended.set()
+
+    def _write(self, file: FileIO, waiting: list[tuple[_Slab, NDArray[np.uint8]]], *, wait: bool) -> bool:
+        """Write and forget the slabs that wait, if it is known where."""
+        start = self._data_start(wait)
+        if start is None:
+            return False
+        for slab, encoded in waiting:
+            tensor = slab.tensor
+            row_bytes = tensor.kind.row_bytes(tensor.plan.row_length)
+            file.seek(start + tensor.offset + slab.first_row * row_bytes)
+            rest = encoded.data
+            while rest:
+                rest = rest[file.write(rest) :]
+            with self._lock:
+                self.bytes_read += slab.source_bytes
+        waiting.clear()
+        return True
 
     def _next(self) -> _Slab | None:
         with self._lock:
@@ -121,24 +153,32 @@ class _Work:
 
 
 def _encode(slab: _Slab) -> NDArray[np.uint8]:
-    plan, kind = slab.tensor.plan, slab.tensor.kind
+    plan, kind, carrier = slab.tensor.plan, slab.tensor.kind, slab.tensor.carrier
     values = _read(slab)
-    try:
+    if not np.isfinite(values).all():
+        raise _refused(slab, "it holds NaN or infinity", "The checkpoint is damaged. Fetch it again.")
+    if plan.source is not None and plan.source.dtype != carrier.name and carrier is not F32:
+        values = rounded_to(values, carrier)
         if not np.isfinite(values).all():
-            raise ConversionFailed("it holds NaN or infinity")
+            reason = f"its values do not fit {carrier.name}, the type of the checkpoint's other matrices"
+            raise _refused(slab, reason, "llama.cpp's converter would write infinity.")
+    try:
         return encode_rows(values, kind)
     except ConversionFailed as error:
-        name = plan.source.name if plan.source else plan.name
-        where = f" in {plan.source.path.name}" if plan.source else ""
-        raise TensorError(
-            f"tensor {printable(name)!r}{where}: {error} (in rows from {slab.first_row})",
-            hint="The checkpoint is damaged. Fetch it again." if "NaN" in str(error) else "Choose another --type.",
-            tensor=name,
-        ) from error
+        raise _refused(slab, str(error), "Choose another --type.") from error
+
+
+def _refused(slab: _Slab, reason: str, hint: str) -> TensorError:
+    plan = slab.tensor.plan
+    name = plan.source.name if plan.source else plan.name
+    where = f" in {plan.source.path.name}" if plan.source else ""
+    return TensorError(
+        f"tensor {printable(name)!r}{where}: {reason} (in rows from {slab.first_row})", hint=hint, tensor=name
+    )
 
 
 def _read(slab: _Slab) -> NDArray[np.float32]:
-    """The rows of a slab as float32 [n_rows, row_length], in llama.cpp's order, rounded as its converter would."""
+    """The rows of a slab as float32 [n_rows, row_length], in llama.cpp's order."""
     plan = slab.tensor.plan
     if plan.source is None:
         assert plan.values is not None
@@ -162,8 +202,4 @@ def _read(slab: _Slab) -> NDArray[np.float32]:
             raw = interleave_halves(raw.reshape(-1, 1), plan.heads).reshape(raw.shape)
         else:
             raw = interleave_halves(raw, slab.n_rows // plan.rows_together)
-    values = decode_rows(raw, source.dtype)
-    carrier = slab.tensor.carrier
-    if carrier.name != source.dtype and carrier is not F32:
-        values = rounded_to(values, carrier)
-    return values
+    return decode_rows(raw, source.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convert import pretokenizers
+from convert import converter, pretokenizers
 from convert.check import CHECK_TEXTS
 from convert.converter import plan_conversion
 from convert.special_tokens import read_chat_template, read_special_tokens
@@ -203,6 +204,8 @@ def byte_level_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     with pytest.raises(UnsupportedError) as raised:
         read_vocabulary(checkpoint, 280, ())
     monkeypatch.setitem(pretokenizers.NAMES, str(raised.value.digest), "gpt-2")
+    # another process would not know it
+    monkeypatch.setattr(converter, "reading_vocabulary", lambda *args: nullcontext(lambda: read_vocabulary(*args)))
     return checkpoint
 
 

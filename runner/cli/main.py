@@ -55,7 +55,8 @@ def main(argv: Sequence[str]) -> int:
     except HandmillError as error:
         if os.environ.get("HANDMILL_DEBUG"):
             raise
-        _complain(str(error), error.hint)
+        # names of files, out of a checkpoint's folder or from the command line, may hold anything
+        _complain(printable(error, 4000), printable(error.hint, 4000))
         return error.exit_code
     except KeyboardInterrupt:
         return 130
