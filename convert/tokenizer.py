@@ -74,16 +74,16 @@ def read_vocabulary(path: Path, n_vocab: int, check_texts: Sequence[str]) -> Voc
     document = None if text is None else _document(text, path)
     tokenizer = None if text is None else _load_tokenizer(path, text)
     del text
-    special = read_special_tokens(path, document, config)
+    files = _Files(path, config, document or {}, read_special_tokens(path, document, config), n_vocab)
     if (path / "tokenizer.model").is_file():
         processor = _load_sentencepiece(path)
-        vocabulary = _read_sentencepiece(path, processor, config, n_vocab, special)
+        vocabulary = _read_sentencepiece(files, processor)
     elif document is None:
         raise _no_tokenizer(path)
     elif _is_byte_level(document, path):
-        vocabulary = _read_byte_level_bpe(path, tokenizer, document, config, n_vocab, special)
+        vocabulary = _read_byte_level_bpe(files, tokenizer)
     else:
-        vocabulary = _read_llama_bpe(path, tokenizer, document, config, n_vocab, special)
+        vocabulary = _read_llama_bpe(files)
     vocabulary.prefix_if_absent = vocabulary.model == "llama" and _is_metaspace(document)
     prefix = config.get("add_prefix_space")
     vocabulary.add_space_prefix = prefix if isinstance(prefix, bool) else None
@@ -96,6 +96,21 @@ def read_vocabulary(path: Path, n_vocab: int, check_texts: Sequence[str]) -> Voc
             ids = processor.EncodeAsIds(check_text)
         vocabulary.expected_ids[check_text] = list(ids)
     return vocabulary
+
+
+@dataclass(frozen=True)
+class _Files:
+    """tokenizer_config.json, tokenizer.json (empty without one), and how many rows of the embedding want a token."""
+
+    path: Path
+    config: Mapping[str, Any]
+    document: Mapping[str, Any]
+    special: SpecialTokens
+    n_vocab: int
+
+    def padding(self) -> tuple[list[bytes], list[int]]:
+        """Tokens and types of a vocabulary of which nothing is known yet."""
+        return [f"[PAD{i}]".encode() for i in range(self.n_vocab)], [int(TokenType.UNUSED)] * self.n_vocab
 
 
 def _no_tokenizer(path: Path) -> TokenizerError:
@@ -161,20 +176,11 @@ def _translated(path: Path) -> Iterator[None]:
         raise TokenizerError(f"{path / 'tokenizer.json'} is not a tokenizer: {printable(error)}", path=path) from error
 
 
-def _read_byte_level_bpe(
-    path: Path,
-    tokenizer: Any,
-    document: Mapping[str, Any],
-    config: Mapping[str, Any],
-    n_vocab: int,
-    special: SpecialTokens,
-) -> Vocabulary:
-    added = _added_tokens(document, config, path)
-    ids = _ids(document, path)
-    _check_ids(path, ids, n_vocab)
-    tokens = [f"[PAD{i}]".encode() for i in range(n_vocab)]
-    types = [int(TokenType.UNUSED)] * n_vocab
-    for piece, i in ids.items():
+def _read_byte_level_bpe(files: _Files, tokenizer: Any) -> Vocabulary:
+    path, document = files.path, files.document
+    added = _added_tokens(document, files.config, path)
+    tokens, types = files.padding()
+    for piece, i in _ids(files).items():
         entry = added.get(piece)
         if entry is None:
             tokens[i], types[i] = piece.encode(), TokenType.NORMAL
@@ -190,31 +196,22 @@ def _read_byte_level_bpe(
         pre=_pretokenizer(tokenizer, path),
         tokens=tokens,
         types=types,
-        special=special,
+        special=files.special,
         merges=_merges(document, path),
     )
 
 
-def _read_llama_bpe(
-    path: Path,
-    tokenizer: Any,
-    document: Mapping[str, Any],
-    config: Mapping[str, Any],
-    n_vocab: int,
-    special: SpecialTokens,
-) -> Vocabulary:
+def _read_llama_bpe(files: _Files) -> Vocabulary:
     """Llama-2 style BPE as a SentencePiece vocabulary: the score of a token is minus the rank of its merge."""
-    added = _added_tokens(document, config, path)
-    ids = _ids(document, path)
-    _check_ids(path, ids, n_vocab)
+    path, document = files.path, files.document
+    added = _added_tokens(document, files.config, path)
     ranks: dict[bytes, int] = {}
     for rank, merge in enumerate(_merges(document, path)):
         ranks.setdefault(merge.replace(b" ", b"", 1), rank)
-    tokens = [f"[PAD{i}]".encode() for i in range(n_vocab)]
-    types = [int(TokenType.UNUSED)] * n_vocab
-    scores = [-10000.0] * n_vocab
-    named = special.named_tokens
-    for piece, i in ids.items():
+    tokens, types = files.padding()
+    scores = [-10000.0] * files.n_vocab
+    named = files.special.named_tokens
+    for piece, i in _ids(files).items():
         entry = added.get(piece)
         if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", piece):
             tokens[i], types[i] = piece.encode(), TokenType.BYTE
@@ -226,17 +223,15 @@ def _read_llama_bpe(
             tokens[i], types[i] = piece.encode(), TokenType.NORMAL
             # a token that no merge makes is a single character, or one that BPE never gives
             scores[i] = -float(ranks.get(tokens[i], len(ranks)))
-    return Vocabulary(model="llama", pre="default", tokens=tokens, types=types, scores=scores, special=special)
+    return Vocabulary(model="llama", pre="default", tokens=tokens, types=types, scores=scores, special=files.special)
 
 
-def _read_sentencepiece(
-    path: Path, processor: Any, config: Mapping[str, Any], n_vocab: int, special: SpecialTokens
-) -> Vocabulary:
+def _read_sentencepiece(files: _Files, processor: Any) -> Vocabulary:
+    path, n_vocab = files.path, files.n_vocab
     n_pieces = processor.vocab_size()
     if n_pieces > n_vocab:
         raise _too_many_tokens(path, n_pieces, n_vocab)
-    tokens = [f"[PAD{i}]".encode() for i in range(n_vocab)]
-    types = [int(TokenType.UNUSED)] * n_vocab
+    tokens, types = files.padding()
     scores = [-10000.0] * n_vocab
     for i in range(n_pieces):
         tokens[i] = processor.IdToPiece(i).encode()
@@ -252,13 +247,13 @@ def _read_sentencepiece(
     for piece, i in (read_json(path / "added_tokens.json") or {}).items():
         if type(i) is int and 0 <= i < n_vocab:
             tokens[i], types[i], scores[i] = piece.encode(), TokenType.USER_DEFINED, -1000.0
-    decoder = config.get("added_tokens_decoder")
+    decoder = files.config.get("added_tokens_decoder")
     for key, entry in (decoder if isinstance(decoder, dict) else {}).items():
         if key.isascii() and key.isdecimal() and int(key) < n_vocab and isinstance(entry, dict):
             piece, i = str(entry.get("content", "")), int(key)
             tokens[i], types[i] = _added_token(piece, entry.get("special") is True)
             scores[i] = -1000.0
-    return Vocabulary(model="llama", pre="default", tokens=tokens, types=types, scores=scores, special=special)
+    return Vocabulary(model="llama", pre="default", tokens=tokens, types=types, scores=scores, special=files.special)
 
 
 def _load_sentencepiece(path: Path) -> Any:
@@ -295,13 +290,18 @@ def _added_tokens(document: Mapping[str, Any], config: Mapping[str, Any], path: 
     return added
 
 
-def _ids(document: Mapping[str, Any], path: Path) -> dict[str, int]:
-    """Text -> id of every token: those of the model, and the added ones."""
+def _ids(files: _Files) -> dict[str, int]:
+    """Text -> id of every token, those of the model and the added ones. Raises TokenizerError."""
+    path, document = files.path, files.document
     vocabulary = document["model"]["vocab"]
     added = {entry["content"]: entry.get("id") for entry in document.get("added_tokens") or []}
     ids: dict[str, int] = {**vocabulary, **added}
     if not all(type(i) is int and i >= 0 for i in ids.values()):
         raise TokenizerError(f"{path / 'tokenizer.json'}: an id is not a natural number", path=path)
+    if not ids:
+        raise TokenizerError(f"{path / 'tokenizer.json'} has no tokens", path=path)
+    if max(ids.values()) >= files.n_vocab:
+        raise _too_many_tokens(path, max(ids.values()) + 1, files.n_vocab)
     return ids
 
 
@@ -342,13 +342,6 @@ def _merges(document: Mapping[str, Any], path: Path) -> list[bytes]:
     if all(isinstance(m, list) and len(m) == 2 and all(isinstance(part, str) for part in m) for m in merges):
         return [f"{a.replace(' ', 'Ġ')} {b.replace(' ', 'Ġ')}".encode() for a, b in merges]
     raise TokenizerError(f"{path / 'tokenizer.json'}: its merges are neither strings nor pairs", path=path)
-
-
-def _check_ids(path: Path, ids: Mapping[str, int], n_vocab: int) -> None:
-    if not ids:
-        raise TokenizerError(f"{path / 'tokenizer.json'} has no tokens", path=path)
-    if max(ids.values()) >= n_vocab:
-        raise _too_many_tokens(path, max(ids.values()) + 1, n_vocab)
 
 
 def _too_many_tokens(path: Path, n_tokens: int, n_vocab: int) -> TokenizerError:
