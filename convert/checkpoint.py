@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -128,7 +129,10 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def read_text(path: Path) -> str | None:
     """A UTF-8 file, or None if there is no such file. Raises CheckpointError."""
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+            raise CheckpointError(f"{path} is not a file", path=path)
+        if status.st_size > MAX_JSON_BYTES:
             raise CheckpointError(f"{path} is larger than {MAX_JSON_BYTES:,} bytes", path=path)
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import struct
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,7 @@ from models.errors import CheckpointError
 from models.families import ModelFamily, family_of
 from models.hparams import Hparams
 
+_WAIT_SECONDS = 0.1
 _TEXTS = (*CHECK_TEXTS, *LIMIT_TEXTS)
 
 Stage = Literal["planning", "encoding", "checking"]
@@ -129,7 +130,10 @@ def convert_checkpoint(
                 progress("encoding", n_bytes, source_bytes)
 
             def data_start(wait: bool) -> int | None:
-                return len(planned.result().header) if wait or planned.done() else None
+                try:
+                    return len(planned.result(_WAIT_SECONDS if wait else 0).header)
+                except TimeoutError:
+                    return None
 
             write_tensors(tensors, partial, data_start=data_start, threads=threads, progress=encoded)
             plan = planned.result()
@@ -192,7 +196,7 @@ def _finish(
         _header(tensors, model, file_type.id, vocabulary),
         expected,
         frozenset(limits.union(LIMIT_TEXTS)),
-        _vocabulary_notes(vocabulary),
+        tuple(_notes(model, vocabulary)),
     )
 
 
@@ -266,7 +270,13 @@ def _header(tensors: Sequence[PlacedTensor], model: _Model, file_type_id: int, v
         raise CheckpointError(f"the metadata of {model.checkpoint.path} cannot be stored: {error}") from error
 
 
-def _vocabulary_notes(vocabulary: Vocabulary) -> tuple[str, ...]:
+def _notes(model: _Model, vocabulary: Vocabulary) -> Iterator[str]:
+    """What a person should know of the file, though nothing is wrong with it."""
     if vocabulary.special.chat_template is None:
-        return ("the checkpoint has no chat template: `handmill run` continues text, `handmill chat` cannot talk",)
-    return ()
+        yield "the checkpoint has no chat template: `handmill run` continues text, `handmill chat` cannot talk"
+    window = model.hparams.get("sliding_window")
+    if model.hparams.get("use_sliding_window") is None and isinstance(window, int):
+        yield (
+            f"the model looks back {window:,} tokens at most, which llama.cpp does not compute for this architecture: "
+            "beyond that its answers may differ"
+        )

@@ -69,10 +69,27 @@ def _add_general(writer: gguf.GGUFWriter, checkpoint: Checkpoint, n_parameters: 
     generation = read_json(checkpoint.path / "generation_config.json") or {}
     penalty = generation.get("penalty_repeat", generation.get("repetition_penalty"))
     metadata.sampling_penalty_repeat = penalty
-    for name in [name for name in vars(metadata) if name.startswith("sampling_")]:
-        if not _is_sampling_value(name, getattr(metadata, name)):
-            setattr(metadata, name, None)
+    for name, value in list(vars(metadata).items()):
+        if name.startswith("sampling_"):
+            setattr(metadata, name, value if _is_sampling_value(name, value) else None)
+        else:
+            setattr(metadata, name, _card_value(value))
     metadata.set_gguf_meta_model(writer)
+
+
+def _card_value(value: Any) -> Any:
+    """What GGUF can hold of a model card's field: a text, texts, or a list of objects of texts; None of all else."""
+    if isinstance(value, list):
+        if all(isinstance(item, dict) for item in value):
+            return [{str(k): v for k, v in item.items() if isinstance(v, str)} for item in value] or None
+        return [text for text in map(_card_text, value) if text is not None] or None
+    return _card_text(value)
+
+
+def _card_text(value: Any) -> str | None:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    return value if isinstance(value, str) else None
 
 
 def _is_sampling_value(name: str, value: object) -> bool:

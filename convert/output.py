@@ -35,21 +35,30 @@ def whole_file(path: Path, nbytes: int, *, force: bool) -> Iterator[Path]:
     with translated(path):
         file = _create_locked(partial, path)
     try:
-        with file:
-            with translated(path):
-                file.truncate(nbytes)
-            yield partial
-            with translated(path):
-                os.fsync(file.fileno())
+        with translated(path):
+            file.truncate(nbytes)
+        yield partial
+        with translated(path):
+            os.fsync(file.fileno())
         if not force and path.exists():
             raise _exists(path)
+        _let_go_on_windows(file)
         with translated(path):
             partial.replace(path)
             _sync_folder(path.parent)
     except BaseException:
+        _let_go_on_windows(file)
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
+    finally:
+        file.close()  # and with it the lock: until here no other run can take the name
+
+
+def _let_go_on_windows(file: BinaryIO) -> None:
+    """Windows neither renames nor removes a file that is open."""
+    if fcntl is None:
+        file.close()
 
 
 def _partial_of(path: Path) -> Path:
@@ -113,7 +122,10 @@ def _create_locked(partial: Path, path: Path) -> BinaryIO:
     try:
         if fcntl is not None:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+            # Between opening and locking, the run that held it may have given the file its name, or removed it.
+            if not os.path.samestat(os.fstat(fd), partial.stat()):
+                raise BlockingIOError
+    except (BlockingIOError, FileNotFoundError) as error:
         file.close()
         raise OutputError(f"another run is writing {path}", hint="Wait for it, or choose another -o.") from error
     file.truncate(0)

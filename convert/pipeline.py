@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from convert.checkpoint import ITEM_BYTES
 from convert.output import translated
-from convert.quantize import F32, TensorType, decode_rows, encode_rows, prepare_encoder, rounded_to
+from convert.quantize import TensorType, decode_rows, encode_rows, prepare_encoder, rounded_to
 from convert.tensors import TensorPlan, interleave_halves
 from models.errors import ConversionFailed, TensorError
 from models.text import printable
@@ -54,7 +54,7 @@ class _Slab:
 
 
 DataStart = Callable[[bool], int | None]
-"""Where the tensor data begins in the file, in bytes. None while that is not known, unless told to wait for it."""
+"""Where the tensor data begins in the file, in bytes; None while that is not known. Told to wait, it waits a while."""
 
 
 def write_tensors(
@@ -76,8 +76,11 @@ def write_tensors(
     try:
         for worker in workers:
             worker.start()
-        while any(worker.is_alive() for worker in workers):
-            work.ended.wait(_POLL_SECONDS)
+        running = True
+        while running:
+            if work.ended.wait(_POLL_SECONDS):
+                work.ended.clear()  # set again by the next thread that ends
+            running = any(worker.is_alive() for worker in workers)
             progress(work.bytes_read)
     finally:
         # Ctrl-C lands here too: the slabs under way end, no new one begins.
@@ -133,6 +136,8 @@ class _Work:
     def _write(self, file: FileIO, waiting: list[tuple[_Slab, NDArray[np.uint8]]], *, wait: bool) -> bool:
         """Write and forget the slabs that wait, if it is known where."""
         start = self._data_start(wait)
+        while start is None and wait and not self.stop:
+            start = self._data_start(wait)
         if start is None:
             return False
         for slab, encoded in waiting:
@@ -157,7 +162,7 @@ def _encode(slab: _Slab) -> NDArray[np.uint8]:
     values = _read(slab)
     if not np.isfinite(values).all():
         raise _refused(slab, "it holds NaN or infinity", "The checkpoint is damaged. Fetch it again.")
-    if plan.source is not None and plan.source.dtype != carrier.name and carrier is not F32:
+    if plan.source is not None and plan.source.dtype != carrier.name:
         values = rounded_to(values, carrier)
         if not np.isfinite(values).all():
             reason = f"its values do not fit {carrier.name}, the type of the checkpoint's other matrices"

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from convert.file_types import FileType
 from models.errors import ConversionFailed, TensorError, UnsupportedError
 from models.gguf_types import TENSOR_TYPES
-from models.native import capture_log, cpu_model_params, library, shared_library
+from models.native import capture_log, cpu_model_params, library, run_interruptibly, shared_library
 from models.text import printable
 
 # Two log messages a tensor; the type after "->" is the new one, without an arrow the tensor stays as it is.
@@ -85,8 +85,9 @@ def choose_tensor_types(hollow: Path, file_type: FileType, n_tensors: int) -> di
     params = lib.llama_model_quantize_default_params()
     params.ftype = file_type.id
     params.dry_run = True
+    source, output = os.fsencode(hollow), os.fsencode(os.devnull)
     with capture_log() as log:
-        status = lib.llama_model_quantize(os.fsencode(hollow), os.fsencode(os.devnull), ctypes.byref(params))
+        status = run_interruptibly(lambda: lib.llama_model_quantize(source, output, ctypes.byref(params)))
     if status != 0:
         raise ConversionFailed(
             f"llama.cpp cannot quantize this model to {file_type.name}: {'; '.join(log.problems())}",
@@ -115,7 +116,7 @@ def check_structure(hollow: Path, source_names: Mapping[str, str]) -> None:
     params.no_alloc = True
     params.load_mode = lib.LLAMA_LOAD_MODE_NONE  # llama.cpp wants it with no_alloc
     with capture_log() as log:
-        model = lib.llama_model_load_from_file(os.fsencode(hollow), params)
+        model = run_interruptibly(lambda: lib.llama_model_load_from_file(os.fsencode(hollow), params))
     if model:
         lib.llama_model_free(model)
         return

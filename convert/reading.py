@@ -10,13 +10,17 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from convert.tokenizer import Vocabulary, read_vocabulary
 from models.errors import HandmillError, TokenizerError
+from models.text import printable
 
+DEADLINE_SECONDS = 300
+"""The largest tokenizers take a few seconds; one that takes longer than this is made to."""
 _CHILD = "from convert.reading import answer; answer()"
 
 
@@ -36,9 +40,13 @@ def reading_vocabulary(path: Path, n_vocab: int, check_texts: Sequence[str]) -> 
         with suppress(BrokenPipeError):
             process.stdin.write(pickle.dumps((path, n_vocab, tuple(check_texts))))
             process.stdin.close()
+        deadline = threading.Timer(DEADLINE_SECONDS, process.kill)
+        deadline.start()
         try:
             yield lambda: _answer_of(process, path)
         finally:
+            deadline.cancel()
+            deadline.join()
             process.kill()
 
 
@@ -48,7 +56,7 @@ def _answer_of(process: subprocess.Popen[bytes], path: Path) -> Vocabulary:
     if process.wait() != 0 or not data:
         raise TokenizerError(
             f"reading the tokenizer in {path} ended its process (exit status {process.returncode})",
-            hint="The tokenizer is damaged, or memory ran out.",
+            hint=f"The tokenizer is damaged, memory ran out, or it took longer than {DEADLINE_SECONDS} s.",
             path=path,
         )
     answer = pickle.loads(data)  # our own process wrote it
@@ -66,6 +74,8 @@ def answer() -> None:
         result = read_vocabulary(path, n_vocab, check_texts)
     except HandmillError as error:
         result = error
+    except Exception as error:  # a fault of ours: it must not look like one of the file
+        result = TokenizerError(f"reading the tokenizer in {path} failed: {type(error).__name__}: {printable(error)}")
     sys.stdout.buffer.write(pickle.dumps(result))
     sys.stdout.flush()
     os._exit(0)  # nothing is left to clean up, and freeing a large tokenizer takes time

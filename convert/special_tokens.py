@@ -121,15 +121,29 @@ def _between_texts(pair: object, first: str | None, last: str | None) -> list[st
     return [_template_token(step) for step in steps[1:-1]]
 
 
+def _read_template(path: Path) -> str | None:
+    """A template's text goes into the file as it is: a link must not bring another file of this machine in."""
+    folder = path.parent.resolve()
+    while folder.name == "additional_chat_templates":
+        folder = folder.parent
+    # the hub's cache keeps snapshots/COMMIT/ as links into blobs/
+    allowed = (folder, folder.parent.parent / "blobs")
+    if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in allowed):
+        raise TokenizerError(
+            f"{path} is a link that leads out of the checkpoint", hint="Put the template itself there.", path=path
+        )
+    return read_text(path)
+
+
 def read_chat_template(path: Path, config: dict[str, Any] | None) -> str | list[dict[str, str]] | None:
     """The chat template: in tokenizer_config.json (transformers 4), else chat_template.jinja, else .json."""
     template = (config or {}).get("chat_template")
     if template is None:
-        template = read_text(path / "chat_template.jinja")
+        template = _read_template(path / "chat_template.jinja")
         others = sorted((path / "additional_chat_templates").glob("*.jinja"))
         if template is not None and others:
             template = [{"name": "default", "template": template}]
-            template += [{"name": other.stem, "template": read_text(other)} for other in others]
+            template += [{"name": other.stem, "template": _read_template(other)} for other in others]
     if template is None:
         template = (read_json(path / "chat_template.json") or {}).get("chat_template")
     if template is None or isinstance(template, str):

@@ -58,11 +58,6 @@ class Vocabulary:
     expected_ids: dict[str, list[int]] = field(default_factory=dict)
     prefix_if_absent: bool = False
 
-    @property
-    def n_padding(self) -> int:
-        """Rows of the embedding that no token of the tokenizer names."""
-        return sum(1 for kind in self.types if kind == TokenType.UNUSED)
-
 
 def read_vocabulary(path: Path, n_vocab: int, check_texts: Sequence[str]) -> Vocabulary:
     """Read the tokenizer of the checkpoint at `path`, for an embedding of `n_vocab` rows.

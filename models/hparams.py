@@ -124,6 +124,13 @@ class Hparams:
         if not isinstance(fields, Mapping):
             raise CheckpointError(f"config.json: the rope parameters are {_shown(fields)}, not an object")
         name = str(fields.get("rope_type") or fields.get("type") or "default").lower()
+        if fields.get("partial_rotary_factor") not in (None, 1):
+            raise UnsupportedError(
+                f"config.json: 'partial_rotary_factor' is {_shown(fields['partial_rotary_factor'])}, "
+                "which this architecture does not compute",
+                hint="A file made from it would answer wrongly.",
+                field="partial_rotary_factor",
+            )
         for known in _ROPE_TYPES:
             if name == known:
                 theta = fields.get("rope_theta")

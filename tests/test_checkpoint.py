@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -117,7 +118,14 @@ def test_config_that_is_no_object(folder: Path) -> None:
 def test_config_that_is_a_directory(folder: Path) -> None:
     (folder / "config.json").unlink()
     (folder / "config.json").mkdir()
-    with pytest.raises(CheckpointError, match="cannot read"):
+    with pytest.raises(CheckpointError, match="is not a file"):
+        open_checkpoint(folder)
+
+
+def test_config_that_is_a_pipe_is_not_waited_for(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    with pytest.raises(CheckpointError, match="is not a file"):
         open_checkpoint(folder)
 
 

@@ -265,3 +265,11 @@ def test_a_model_without_a_chat_template_says_so(tmp_path: Path) -> None:
 def test_a_bad_output_is_said_before_the_checkpoint_is_read(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="no such folder"):
         convert_checkpoint(tmp_path / "no checkpoint", tmp_path / "no folder" / "out.gguf")
+
+
+def test_a_window_that_llama_cpp_does_not_compute_is_told(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "tiny")
+    edit_json(checkpoint / "config.json", lambda config: config.update(sliding_window=64))
+    assert any("looks back 64 tokens" in warning for warning in plan_conversion(checkpoint).warnings)
+    edit_json(checkpoint / "config.json", lambda config: config.update(use_sliding_window=False))  # as Qwen2 has it
+    assert not any("looks back" in warning for warning in plan_conversion(checkpoint).warnings)

@@ -219,3 +219,9 @@ def test_any_value_gives_a_named_error_at_most(name: str, value: object) -> None
         read.number("rms_norm_eps")
 
     assert message_of(everything).isprintable()
+
+
+def test_a_partial_rotary_factor_is_refused_wherever_it_stands() -> None:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    with pytest.raises(UnsupportedError, match="partial_rotary_factor"):
+        _ = Hparams({"rope_parameters": rope}, {}).rope

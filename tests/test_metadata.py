@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from convert.checkpoint import open_checkpoint
+from convert.converter import plan_conversion
 from convert.metadata import build_metadata
 from convert.special_tokens import SpecialTokens
 from convert.tokenizer import TokenType, Vocabulary
@@ -189,3 +190,15 @@ def test_model_card(folder: Path) -> None:
 def test_a_broken_model_card_costs_no_conversion(card: bytes, folder: Path) -> None:
     (folder / "README.md").write_bytes(card)
     assert metadata(folder)["general.architecture"] == "llama"
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["tags: [a, 2024, [b], {c: d}]", "license: 3", "license_name: {a: b}", "tags: [[a], [b]]", "language: {en: 1}",
+     "base_model: [3, {name: x}]", "datasets: 2024-01-01", "author: true"],
+)  # fmt: skip
+def test_odd_fields_of_a_model_card_cost_no_conversion(field: str, folder: Path) -> None:
+    (folder / "README.md").write_text(f"---\n{field}\nlicense_link: kept\n---\n")
+    plan = plan_conversion(folder)
+    assert plan.header.startswith(b"GGUF")
+    assert b"kept" in plan.header

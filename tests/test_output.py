@@ -189,3 +189,38 @@ def test_a_very_long_name(path: Path) -> None:
     with pytest.raises(OutputError), whole_file(path.with_name("x" * 250 + ".gguf"), 4, force=True):
         pass
     assert files(path.parent) == []
+
+
+def test_no_other_run_gets_in_between_the_last_byte_and_the_name(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run that tries while the file takes its name is told so, and empties nothing."""
+    refused: list[str] = []
+    replace = Path.replace
+
+    def replace_slowly(partial: Path, target: Path) -> Path:
+        with pytest.raises(OutputError, match="another run is writing") as raised, whole_file(path, 1, force=True):
+            pass
+        refused.append(str(raised.value))
+        return replace(partial, target)
+
+    monkeypatch.setattr(Path, "replace", replace_slowly)
+    with whole_file(path, 5, force=True) as partial:
+        partial.write_bytes(b"whole")
+    assert len(refused) == 1
+    assert path.read_bytes() == b"whole"
+
+
+def test_a_file_that_took_its_name_while_another_run_waited_to_lock_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    flock = fcntl.flock
+
+    def lock_late(fd: int, operation: int) -> None:
+        path.with_name(f".{path.name}.partial").replace(path)  # what the other run does at its end
+        flock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", lock_late)
+    path.with_name(f".{path.name}.partial").write_bytes(b"whole")
+    with pytest.raises(OutputError, match="another run is writing"), whole_file(path, 1, force=True):
+        pass
+    assert path.read_bytes() == b"whole"

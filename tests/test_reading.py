@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from convert import reading
+from convert import pipeline, reading
+from convert.converter import convert_checkpoint
 from convert.reading import reading_vocabulary
 from convert.tokenizer import UnsupportedTokenizer, read_vocabulary
 from models.errors import TokenizerError
@@ -54,6 +55,42 @@ def test_a_process_that_breaks_is_a_named_error(checkpoint: Path, end: str, monk
         pytest.raises(TokenizerError, match="ended its process"),
     ):
         vocabulary()
+
+
+def test_a_fault_of_ours_is_told(tmp_path: Path) -> None:
+    with (
+        reading_vocabulary(tmp_path, "ten", TEXTS) as vocabulary,  # type: ignore[arg-type]
+        pytest.raises(TokenizerError, match="no tokenizer"),
+    ):
+        vocabulary()
+    checkpoint = tiny_checkpoint(tmp_path / "tiny")
+    with (
+        reading_vocabulary(checkpoint, "ten", TEXTS) as vocabulary,  # type: ignore[arg-type]
+        pytest.raises(TokenizerError, match="failed: TypeError"),
+    ):
+        vocabulary()
+
+
+def test_a_process_that_does_not_end_is_ended(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "_CHILD", "import time; time.sleep(1000)")
+    monkeypatch.setattr(reading, "DEADLINE_SECONDS", 0.2)
+    with reading_vocabulary(checkpoint, 10, TEXTS) as vocabulary, pytest.raises(TokenizerError) as raised:
+        vocabulary()
+    assert "longer than 0.2 s" in raised.value.hint
+
+
+def test_an_interrupt_does_not_wait_for_it(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "_CHILD", "import time; time.sleep(1000)")
+    monkeypatch.setattr(pipeline, "_WAITING_BYTES", 0)
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage == "encoding":
+            raise KeyboardInterrupt
+
+    output = checkpoint.parent / "out.gguf"
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(checkpoint, output, progress=progress)
+    assert not list(checkpoint.parent.glob("*out.gguf*"))
 
 
 def test_the_process_does_not_outlive_the_block(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from convert import converter, pretokenizers
 from convert.check import CHECK_TEXTS
 from convert.converter import plan_conversion
 from convert.special_tokens import read_chat_template, read_special_tokens
-from convert.tokenizer import TokenType, read_vocabulary
+from convert.tokenizer import TokenType, Vocabulary, read_vocabulary
 from models.errors import TokenizerError, UnsupportedError
 from models.native import open_vocabulary
 from tests.checkpoints import (
@@ -44,6 +44,10 @@ TEXTS = (
 def added_token(content: str, i: int, *, special: bool, normalized: bool = False) -> Json:
     flags = {"single_word": False, "lstrip": False, "rstrip": False}
     return {"id": i, "content": content, "special": special, "normalized": normalized, **flags}
+
+
+def padding(vocabulary: Vocabulary) -> int:
+    return vocabulary.types.count(TokenType.UNUSED)
 
 
 def ids_by_llama_cpp(checkpoint: Path, texts: tuple[str, ...]) -> list[list[int]]:
@@ -135,7 +139,7 @@ def test_sentencepiece_types_and_padding(sentencepiece_checkpoint: Path) -> None
         TokenType.USER_DEFINED,
         TokenType.UNUSED,
     ]
-    assert read.n_padding == 9
+    assert padding(read) == 9
     assert len(read.scores) == len(read.types) == len(read.tokens) == 432
 
 
@@ -230,7 +234,7 @@ def test_byte_level_types(byte_level_checkpoint: Path) -> None:
         TokenType.UNUSED,
     ]
     assert read.tokens[267:269] == [b" tool", b"[PAD268]"]
-    assert (read.n_padding, read.scores, len(read.merges)) == (12, [], 7)
+    assert (padding(read), read.scores, len(read.merges)) == (12, [], 7)
 
 
 def test_merges_as_pairs_are_the_same(byte_level_checkpoint: Path) -> None:
@@ -318,7 +322,7 @@ def test_a_tokenizer_that_panics(tmp_path: Path, capfd: pytest.CaptureFixture[st
 
 def test_fewer_tokens_than_rows_beyond_padding(tmp_path: Path) -> None:
     write_tiny_tokenizer(tmp_path)
-    assert read_vocabulary(tmp_path, 316 + 1024, ()).n_padding == 1024
+    assert padding(read_vocabulary(tmp_path, 316 + 1024, ())) == 1024
     with pytest.raises(TokenizerError, match="has 316 tokens for an embedding of 1,341 rows"):
         read_vocabulary(tmp_path, 316 + 1025, ())
 
@@ -468,3 +472,22 @@ def test_any_tokenizer_config(tmp_path: Path, place: tuple[Any, ...], value: obj
     write_tiny_tokenizer(tmp_path)
     write_json(tmp_path / "tokenizer_config.json", replaced(json.loads(json.dumps(CONFIG)), place, value))
     assert message_of(lambda: read_vocabulary(tmp_path, 320, CHECK_TEXTS[:2])).isprintable()
+
+
+def test_a_template_does_not_bring_another_file_in(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "snapshots" / "1")
+    secret = tmp_path / "secret"
+    secret.write_text("private")
+    blob = tmp_path / "blobs" / "abc"
+    blob.parent.mkdir()
+    blob.write_text("{{ messages }}")
+    template = checkpoint / "chat_template.jinja"
+    template.unlink(missing_ok=True)
+    config = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    template.symlink_to(secret)
+    with pytest.raises(TokenizerError, match="leads out of the checkpoint"):
+        read_chat_template(checkpoint, config)
+    template.unlink()
+    template.symlink_to("../../blobs/abc")  # as the hub's cache keeps it
+    assert read_chat_template(checkpoint, config) == "{{ messages }}"
