@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,7 +25,7 @@ from models.errors import HandmillError, HubError, LibraryError
 from models.hub_files import HubFile, HubRef, Listing, is_model, parse_ref, pick_checkpoint, pick_gguf
 from models.text import human_bytes, printable
 
-__all__ = ["FetchProgress", "HubRef", "fetch", "fetch_checkpoint", "fetch_gguf", "parse_ref"]
+__all__ = ["FetchProgress", "HubRef", "fetch", "fetch_checkpoint", "parse_ref"]
 
 FetchProgress = Callable[[int, int, str], None]
 """Called with bytes done, bytes in all, and the name of the file that is being fetched."""
@@ -55,14 +56,6 @@ def fetch_checkpoint(ref: HubRef, progress: FetchProgress | None = None) -> Path
     return _fetch_checkpoint(listing, progress)
 
 
-def fetch_gguf(ref: HubRef, progress: FetchProgress | None = None) -> Path:
-    """The GGUF file of `ref.file_type` (default Q4_K_M), in the library; of a split one the first part.
-
-    Raises HubError; where there is no such file, it says which types there are.
-    """
-    return _fetch_gguf(_list(ref), progress)
-
-
 def _fetch_checkpoint(listing: Listing, progress: FetchProgress | None) -> Path:
     wanted = pick_checkpoint(listing)
     folder = _checkpoint_folder(listing.ref)
@@ -73,11 +66,18 @@ def _fetch_checkpoint(listing: Listing, progress: FetchProgress | None) -> Path:
         for file in _fetch_files(listing, todo, progress, lambda file: folder / file.name):
             held[file.name] = file.digest
             _write_marker(folder, {"commit": listing.commit, "files": held, "complete": False})
+        if stale := held.keys() - {file.name for file in wanted}:
+            # An index that this commit has no more would win over its weights.
+            _write_marker(folder, {"commit": listing.commit, "files": held, "complete": False})
+            for name in stale:
+                (folder / Path(name).name).unlink(missing_ok=True)
+                del held[name]
         _write_marker(folder, {"commit": listing.commit, "files": held, "complete": True})
     return folder
 
 
 def _fetch_gguf(listing: Listing, progress: FetchProgress | None) -> Path:
+    """The GGUF file of the type asked for (default Q4_K_M), in the library; of a split one the first part."""
     files = pick_gguf(listing)
     folder = library.models_folder()
     targets: dict[str, Path] = {}
@@ -127,8 +127,11 @@ def _fetch_files(
     target_of: Callable[[HubFile], Path],
 ) -> Iterator[HubFile]:
     """Fetch each file to its target, and yield it once it is there."""
-    parts = library.home() / "partial"
-    parts.mkdir(parents=True, exist_ok=True)
+    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
+
+    parts, locks = library.home() / "partial", library.home() / ".locks"
+    for folder in (parts, locks):
+        folder.mkdir(parents=True, exist_ok=True)
     total = sum(file.size for file in files)
     held = sum(min(_size(parts / file.digest) or 0, file.size) for file in files)
     free = shutil.disk_usage(parts).free
@@ -141,33 +144,30 @@ def _fetch_files(
         )
     before = 0
     for file in files:
-        part = parts / file.digest
+        part, target = parts / file.digest, target_of(file)
         report = _Report(progress, before, total, file.name)
-        _download(listing, file, part, report)
-        if _digest(part, file) != file.digest:
-            part.unlink()
-            raise HubError(
-                f"{printable(file.name)} of {listing.ref.repo} arrived damaged: its hash is wrong",
-                hint="Run the same command again to fetch it anew.",
-                repo=listing.ref.repo,
-            )
-        target = target_of(file)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part.replace(target)
+        # A second handmill waits, then finds the file whole. The lock's file stays: one who waits has it open.
+        with WeakFileLock(locks / file.digest):
+            if _size(target) == file.size and _digest(target, file) == file.digest:
+                report.start(file.size)
+            else:
+                _download(listing, file, part, report)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                part.replace(target)
         before += file.size
         yield file
 
 
 def _download(listing: Listing, file: HubFile, part: Path, report: _Report) -> None:
+    """Fetch what `part` lacks of a file. Raises HubError where the whole has another hash."""
     from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import WeakFileLock, build_hf_headers  # type: ignore[attr-defined]
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     url = hf_hub_url(listing.ref.repo, file.name, revision=listing.commit, endpoint=_endpoint())
     # The client holds back what has arrived until it has 10 MB: a slow line would seem to stand still, and lose them.
     constants.DOWNLOAD_CHUNK_SIZE = _SLAB
-    lock = part.with_suffix(".lock")
-    with WeakFileLock(lock), part.open("ab") as out:  # a second handmill waits, then finds the file whole
+    with part.open("ab") as out:
         if out.tell() > file.size:
             out.truncate(0)
         report.start(out.tell())
@@ -180,7 +180,13 @@ def _download(listing: Listing, file: HubFile, part: Path, report: _Report) -> N
             displayed_filename=file.name,
             tqdm_class=report.bar,  # type: ignore[arg-type]
         )
-    lock.unlink(missing_ok=True)
+    if _digest(part, file) != file.digest:
+        part.unlink()
+        raise HubError(
+            f"{printable(file.name)} of {listing.ref.repo} arrived damaged: its hash is wrong",
+            hint="Run the same command again to fetch it anew.",
+            repo=listing.ref.repo,
+        )
 
 
 class _Report:
@@ -308,7 +314,7 @@ def _read_marker(folder: Path) -> dict[str, Any]:
 
 
 def _write_marker(folder: Path, marker: dict[str, Any]) -> None:
-    temporary = folder / ".fetched.json.new"
+    temporary = folder / f".fetched.json.{threading.get_native_id()}"
     temporary.write_text(json.dumps(marker), encoding="utf-8")
     temporary.replace(folder / ".fetched.json")
 

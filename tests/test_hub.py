@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import socket
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
 from models import hub, library
 from models.errors import HubError
-from models.hub_files import HubRef
+from models.hub_files import HubFile, HubRef
 from tests.hub_server import Hub, serve
 
 SHARD = os.urandom(3_500_000)
@@ -102,8 +106,57 @@ def test_fetches_again_only_what_changed(server: Hub) -> None:
     assert (folder / "config.json").read_bytes() == b'{"a": 1}'
 
 
+def test_what_a_new_commit_lacks_goes(server: Hub) -> None:
+    folder = hub.fetch_checkpoint(HubRef("kin", "check"))
+    (folder / "mine.txt").write_text("x")
+    server.repos["kin/check"] = {"model.safetensors": b"one", "config.json": b"{}"}
+    hub.fetch_checkpoint(HubRef("kin", "check"))
+    left = {path.name for path in folder.iterdir()} - {".fetched.json"}
+    assert left == {"model.safetensors", "config.json", "mine.txt"}
+    marker = json.loads((folder / ".fetched.json").read_text())
+    assert (set(marker["files"]), marker["complete"]) == ({"model.safetensors", "config.json"}, True)
+
+
+def test_stopped_while_old_files_go_it_is_not_whole(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = hub.fetch_checkpoint(HubRef("kin", "check"))
+    del server.repos["kin/check"]["chat_template.jinja"]
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", stop)
+        with pytest.raises(KeyboardInterrupt):
+            hub.fetch_checkpoint(HubRef("kin", "check"))
+    assert json.loads((folder / ".fetched.json").read_text())["complete"] is False
+    hub.fetch_checkpoint(HubRef("kin", "check"))
+    assert not (folder / "chat_template.jinja").exists()
+
+
+def test_of_two_fetches_at_once_one_waits_until_the_file_is_in_place(
+    server: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = hub._digest
+    second: list[Future[Path]] = []
+
+    def hash_while_another_fetches(path: Path, file: HubFile) -> str:
+        if not second:
+            second.append(pool.submit(hub.fetch_checkpoint, HubRef("kin", "check")))
+            with suppress(TimeoutError):
+                second[0].result(timeout=1)
+        return real(path, file)
+
+    monkeypatch.setattr(hub, "_digest", hash_while_another_fetches)
+    with ThreadPoolExecutor(1) as pool:
+        folder = hub.fetch_checkpoint(HubRef("kin", "check"))
+        assert second[0].result(timeout=30) == folder
+    assert sorted(server.fetched()) == sorted(NEEDED)
+    for name in NEEDED:
+        assert (folder / name).read_bytes() == CHECKPOINT[name]
+
+
 def part_sizes() -> list[int]:
-    return [path.stat().st_size for path in (library.home() / "partial").iterdir() if path.suffix != ".lock"]
+    return [path.stat().st_size for path in (library.home() / "partial").iterdir()]
 
 
 def test_a_stopped_fetch_goes_on_where_it_was(server: Hub) -> None:
@@ -169,7 +222,7 @@ def test_damaged_content_is_refused_and_not_kept(server: Hub) -> None:
     ],
 )
 def test_fetches_the_gguf_of_the_type(server: Hub, ref: HubRef, files: list[str]) -> None:
-    assert hub.fetch_gguf(ref).name == files[0]
+    assert hub.fetch(ref).name == files[0]
     assert sorted(path.name for path in library.models_folder().iterdir()) == files
     server.requests.clear()
     assert hub.fetch(ref).name == files[0]
