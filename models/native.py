@@ -234,12 +234,6 @@ class Vocabulary:
         attributes: int = self._lib.llama_vocab_get_attr(self._pointer, self._checked(token))
         return attributes
 
-    def is_control(self, token: int) -> bool:
-        return bool(self.attributes(token) & ATTR_CONTROL)
-
-    def is_user_defined(self, token: int) -> bool:
-        return bool(self.attributes(token) & ATTR_USER_DEFINED)
-
     def is_eog(self, token: int) -> bool:
         """Whether the token ends a reply."""
         return bool(self._lib.llama_vocab_is_eog(self._pointer, self._checked(token)))
@@ -253,11 +247,6 @@ class Vocabulary:
         wanted = ATTR_CONTROL | ATTR_UNKNOWN | ATTR_USER_DEFINED
         return {self.text(token): token for token in range(self.n_tokens) if self.attributes(token) & wanted}
 
-    @cached_property
-    def special_pieces(self) -> tuple[str, ...]:
-        """The texts of `special_tokens`, longest first."""
-        return tuple(sorted(self.special_tokens, key=len, reverse=True))
-
 
 @contextmanager
 def open_vocabulary(path: Path) -> Iterator[Vocabulary]:
@@ -265,7 +254,7 @@ def open_vocabulary(path: Path) -> Iterator[Vocabulary]:
     lib = library()
     params = cpu_model_params()
     params.vocab_only = True
-    model = load_model(path, params)
+    model = run_interruptibly(lambda: load_model(path, params))
     try:
         yield Vocabulary(lib.llama_model_get_vocab(model))
     finally:
@@ -294,11 +283,17 @@ def forward_pass(
     computed step by step, so that the logits can be held against those of another implementation. `overrides` are
     metadata taken instead of the file's. Raises LoadError and GenerationError.
     """
+    if not tokens:
+        raise ValueError("a forward pass needs at least one token")
+    return run_interruptibly(lambda: _forward_pass(path, tokens, threads, overrides))
+
+
+def _forward_pass(
+    path: Path, tokens: Sequence[int], threads: int, overrides: Mapping[str, int | str] | None
+) -> NDArray[np.float32]:
     import numpy as np
 
     lib = library()
-    if not tokens:
-        raise ValueError("a forward pass needs at least one token")
     model_params = cpu_model_params()
     if overrides:
         model_params.kv_overrides = _kv_overrides(overrides)

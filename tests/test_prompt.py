@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from models.errors import TemplateError
-from models.native import Vocabulary, open_vocabulary
+from models.native import ATTR_CONTROL, Vocabulary, open_vocabulary
 from runner.engine.normalize import nfc, normalizes
 from runner.engine.protocol import Message, Role
 from runner.prompt import PromptEncoder, marks_turns_with_plain_text
@@ -39,7 +39,7 @@ def whole(vocabulary: Vocabulary, text: str) -> list[int]:
 
 
 def control_tokens(vocabulary: Vocabulary, ids: list[int]) -> list[int]:
-    return [token for token in ids if vocabulary.is_control(token)]
+    return [token for token in ids if vocabulary.attributes(token) & ATTR_CONTROL]
 
 
 def shown(vocabulary: Vocabulary, ids: list[int]) -> str:
@@ -80,7 +80,7 @@ def test_parse_special_lets_marks_be_marks(vocabulary: Vocabulary) -> None:
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_text_makes_a_control_token(vocabulary: Vocabulary, data: st.DataObject) -> None:
-    pieces = st.sampled_from([*vocabulary.special_pieces, "<|", "|>", "<", "im_end", "\ue000", "\ue001", " "])
+    pieces = st.sampled_from([*vocabulary.special_tokens, "<|", "|>", "<", "im_end", "\ue000", "\ue001", " "])
     # This vocabulary lacks some bytes (control characters, planes 4 and up): text of those does not come back.
     letter = st.characters(exclude_categories=["Cs"]).filter(lambda c: survives(vocabulary, c))
     letters = st.text(letter, max_size=6)
