@@ -116,6 +116,18 @@ def test_what_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         resolve_model(str(tmp_path))
 
 
+def test_no_model_is_the_starter_wherever_one_stands(
+    starter_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "starter").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for resolve in (resolve_model, resolve_local_model):
+        with pytest.raises(LibraryError, match="the starter model is not there yet"):
+            resolve(None)
+    starter = put("SmolLM2-135M-Instruct.Q4_1.gguf", starter_model)
+    assert resolve_model(None) == resolve_local_model(None) == starter
+
+
 def test_show_neither_fetches_nor_converts(tiny: Path, starter_model: Path) -> None:
     with pytest.raises(ModelFileError, match="is a directory"):
         resolve_local_model(str(tiny))

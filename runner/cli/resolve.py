@@ -70,19 +70,16 @@ def fetch_progress(quiet: bool = False) -> Iterator[FetchProgress]:
 
 def _model_here(text: str | None) -> Path | None:
     """The file, if it is on this machine; None for a directory or a hub reference. Raises LibraryError."""
+    from models.starter import starter_path
+
     if text is None:
-        used = library.last_used()
-        if used is not None:
-            return used
-        text = STARTER
+        return library.last_used() or starter_path()
     path = Path(text)
     if _exists(path):
         return None if path.is_dir() else path
     if alias := library.find_alias(text):
         return alias
     if text == STARTER:
-        from models.starter import starter_path
-
         return starter_path()
     if _hub_ref(text) is not None:
         return None
