@@ -62,7 +62,8 @@ def kv_bytes_per_token(gguf: GgufFile) -> list[int]:
     heads = _per_block(gguf, f"{arch}.attention.head_count", blocks)
     kv_heads = _per_block(gguf, f"{arch}.attention.head_count_kv", blocks) or heads
     width = gguf.integer(f"{arch}.embedding_length") or 0
-    head_width = width // max(heads, default=1) if any(heads) else 0
+    most = max(heads, default=0)
+    head_width = width // most if most else 0
     key = gguf.integer(f"{arch}.attention.key_length") or head_width
     value = gguf.integer(f"{arch}.attention.value_length") or head_width
     return [KV_BYTES * n * (key + value) for n in kv_heads or [0] * blocks]
@@ -71,9 +72,9 @@ def kv_bytes_per_token(gguf: GgufFile) -> list[int]:
 def _per_block(gguf: GgufFile, key: str, blocks: int) -> list[int]:
     found = gguf.metadata.get(key)
     if isinstance(found, LazyArray):
-        values = [value if isinstance(value, int) else 0 for value in found[:blocks]]
+        values = [max(value, 0) if isinstance(value, int) else 0 for value in found[:blocks]]
         return values + [0] * (blocks - len(values))
-    return [found] * blocks if isinstance(found, int) else []
+    return [max(found, 0)] * blocks if isinstance(found, int) else []
 
 
 def layer_bytes(gguf: GgufFile, n_ctx: int) -> list[int]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from models.gguf_file import GgufFile, TensorInfo, read_gguf
+from models.gguf_file import GgufFile, LazyArray, TensorInfo, read_gguf
 from runner import placement
 from runner.devices import Device, backends
 from runner.placement import RESERVE, fewer_layers, layer_bytes, place
@@ -38,6 +38,12 @@ def header(*, blocks: int = 4, output: bool = True, **metadata: Any) -> GgufFile
     return GgufFile(Path("x.gguf"), 3, 0, {**known, **metadata}, tensors)
 
 
+def array(*items: int) -> LazyArray:
+    values = LazyArray(Path("x.gguf"), 0, 5, len(items))
+    values._items = list(items)
+    return values
+
+
 def test_bytes_of_layers() -> None:
     assert layer_bytes(header(), 0) == [10 * MB] * 4 + [30 * MB]
     assert layer_bytes(header(output=False), 0) == [10 * MB] * 4 + [20 * MB]
@@ -52,6 +58,9 @@ def test_bytes_of_layers() -> None:
     [
         {"llama.attention.head_count": 0},
         {"llama.attention.head_count": "many"},
+        {"llama.attention.head_count": -16},
+        {"llama.attention.head_count": array(0, -1)},
+        {"llama.attention.head_count_kv": array(-8, -8, -8, -8)},
         {"llama.block_count": 10**9},
         {"llama.block_count": -1},
         {"llama.embedding_length": None},
