@@ -168,6 +168,18 @@ def test_an_iterator_left_alone_frees_the_engine(engine: LocalEngine) -> None:
     assert continued(engine, tokens)[-1].finish_reason == "length"
 
 
+def test_a_sampler_that_fails_leaves_the_engine_free(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    tokens = engine.encode_text("Once upon a time")
+    with monkeypatch.context() as patch:
+        patch.setattr("runner.engine.local.Sampler", fail)
+        with pytest.raises(MemoryError):
+            continued(engine, tokens)
+    assert continued(engine, tokens)[-1].finish_reason == "length"
+
+
 def test_an_id_outside_the_vocabulary_is_an_error_and_the_engine_stays_sound(engine: LocalEngine) -> None:
     tokens = engine.encode_text("The capital of France is")
     expected = text_of(continued(engine, tokens))

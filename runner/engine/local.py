@@ -124,7 +124,6 @@ class LocalEngine:
     def _generate(self, tokens: list[int], sampling: Sampling) -> Iterator[GenerationChunk]:
         if self._busy:
             raise GenerationError("a reply is still being generated")
-        self._busy = True
         context = self._context
         context.clear_abort()
         sampler = Sampler(sampling, self._vocabulary.n_tokens, tokens)
@@ -150,6 +149,7 @@ class LocalEngine:
             context.check_logits()
 
         try:
+            self._busy = True
             cached = self._run(prefill)
             prefill_seconds = time.perf_counter() - started
             while True:
