@@ -116,6 +116,31 @@ def test_run_json_has_the_documented_fields(
     assert (facts["text"], facts["finish_reason"], facts["generated_tokens"]) == ("Guten", "length", 5)
 
 
+@pytest.mark.parametrize("argv", [["run", "--json", "", "x"], ["chat", "--json", ""], ["list", "--json"]])
+def test_json_to_a_terminal_holds_nothing_that_it_obeys(
+    engine: FakeEngine, model: str, stdin: Stdin, monkeypatch: pytest.MonkeyPatch, argv: list[str]
+) -> None:
+    said = "中\x1b[2J\x9b2J\x9d0;t\x9c\x7f\u202e\u2066🌾"
+    engine.replies = [(*said,)]
+    (library.models_folder() / f"{model}.gguf").rename(odd := library.models_folder() / f"{said}.gguf")
+    for out in (Tty(), io.StringIO()):
+        stdin('{"text": "x"}')
+        monkeypatch.setattr(sys, "stdout", out)
+        assert cli.main([word or str(odd) for word in argv]) == 0
+        last = json.loads(out.getvalue().splitlines()[-1])
+        assert said in (last.get("text"), last.get("name"))
+        assert out.getvalue().replace("\n", "").isprintable() or not out.isatty()
+        assert ("中" in out.getvalue()) != out.isatty()
+
+
+def test_show_json_to_a_terminal_is_ascii(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (library.models_folder() / f"{model}.gguf").rename(odd := library.models_folder() / "\x7f\x9b2J.gguf")
+    monkeypatch.setattr(sys, "stdout", out := Tty())
+    assert cli.main(["show", "--json", str(odd)]) == 0
+    assert out.getvalue().strip().isprintable()
+    assert json.loads(out.getvalue())["path"] == str(odd)
+
+
 def test_run_appends_what_is_piped_in(engine: FakeEngine, model: str, stdin: Stdin) -> None:
     stdin("the text\n")
     cli.main(["run", model, "Sum", "up:"])
@@ -188,8 +213,8 @@ def test_chat_refuses_a_base_model(engine: FakeEngine, model: str, capsys: pytes
     [
         (LoadError("it does not load", hint="Buy memory."), 1, "handmill: it does not load\n  Buy memory.\n"),
         (GenerationError("jammed"), 1, "handmill: jammed\n"),
-        (KeyboardInterrupt(), 130, ""),
-        (cli.Terminated(15), 143, ""),
+        (KeyboardInterrupt(), 130, "handmill: stopped by Ctrl-C\n"),
+        (cli.Terminated(15), 143, "handmill: stopped by SIGTERM\n"),
         (RuntimeError("odd \x1b[2J"), 1, "unexpected RuntimeError: odd \\x1b[2J"),
     ],
 )
@@ -356,7 +381,7 @@ def test_sigterm_ends_cleanly_in_the_middle_of_a_reply(model: str) -> None:
     assert process.stdout.read(4)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=30)
-    assert (process.returncode, err) == (143, b"")
+    assert (process.returncode, err) == (143, b"handmill: stopped by SIGTERM\n")
 
 
 def test_ctrl_c_ends_with_130(model: str) -> None:
@@ -365,7 +390,7 @@ def test_ctrl_c_ends_with_130(model: str) -> None:
     assert process.stdout.read(4)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
-    assert (process.returncode, err) == (130, b"")
+    assert (process.returncode, err) == (130, b"handmill: stopped by Ctrl-C\n")
 
 
 def test_a_reader_that_stops_reading_is_no_error(model: str) -> None:

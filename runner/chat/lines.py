@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from models.errors import HandmillError, UsageError
 from models.text import printable
 from runner.chat import commands
-from runner.chat.render import TerminalFilter
+from runner.chat.render import TerminalFilter, json_line
 from runner.engine.protocol import GenerationChunk
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class JsonChat:
         self._write({"type": "reply", **self._report("".join(pieces), last)})
 
     def _write(self, answer: dict[str, object]) -> None:
-        print(json.dumps(answer, ensure_ascii=False), flush=True)
+        print(json_line(answer), flush=True)
 
 
 def _request(line: str) -> dict[str, object]:

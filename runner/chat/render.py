@@ -8,7 +8,9 @@ emoji need does pass: joiners, variation selectors, the plain direction marks U+
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 from enum import Enum, auto
 
 _SUSPECT = re.compile(
@@ -95,3 +97,8 @@ class TerminalFilter:
         elif 0xD800 <= code <= 0xDFFF:
             return "\ufffd"
         return ""
+
+
+def json_line(value: object) -> str:
+    """JSON for stdout, readable in a pipe; to a terminal in ASCII, so that nothing in it is obeyed."""
+    return json.dumps(value, ensure_ascii=sys.stdout.isatty()).replace("\x7f", "\\u007f")

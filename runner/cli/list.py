@@ -7,7 +7,6 @@ an error in place of its type.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 
@@ -15,6 +14,7 @@ from models import library
 from models.errors import ModelFileError
 from models.gguf_file import peek_gguf
 from models.text import human_bytes, printable
+from runner.chat.render import json_line
 
 HELP = "the models in the library"
 ORDER = 50
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         is_last = used is not None and used == model.path.resolve()
         facts |= {"bytes": model.size, "last_used": is_last}
         if args.json:
-            print(json.dumps(facts, ensure_ascii=False))
+            print(json_line(facts))
         else:
             day = time.strftime("%Y-%m-%d", time.localtime(model.modified))
             row = f"{printable(model.name):<{width}}  {kind:<10} {human_bytes(model.size):>8}  {day}"

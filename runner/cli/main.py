@@ -28,7 +28,7 @@ class Terminated(BaseException):
     """The process was asked to end. Not an Exception, so that only clean-up runs on the way out."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(number)
+        super().__init__(signal.Signals(number).name)
         self.exit_code = 128 + number
 
 
@@ -59,8 +59,10 @@ def main(argv: Sequence[str]) -> int:
         _complain(printable(error, 4000), printable(error.hint, 4000))
         return error.exit_code
     except KeyboardInterrupt:
+        _complain("stopped by Ctrl-C")
         return 130
     except Terminated as stop:
+        _complain(f"stopped by {stop}")
         return stop.exit_code
     except BrokenPipeError:
         # The reader has seen enough. What Python still wants to flush at exit must go nowhere, silently.
@@ -126,7 +128,7 @@ def command_modules() -> list[tuple[str, ModuleType]]:
     return sorted(found, key=lambda item: (getattr(item[1], "ORDER", 1000), item[0]))
 
 
-def _complain(message: str, hint: str) -> None:
+def _complain(message: str, hint: str = "") -> None:
     with suppress(OSError, ValueError):
         print(f"handmill: {message}", file=sys.stderr)
         if hint:

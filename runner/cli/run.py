@@ -10,12 +10,12 @@ generated_tokens, load_seconds, prefill_seconds, generate_seconds, gpu_layers, d
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterator
 
 from models.errors import UsageError
+from runner.chat.render import TerminalFilter, json_line
 from runner.cli.loading import loaded_engine
 from runner.cli.options import add_load_options, add_output_options, add_sampling_options, sampling
 from runner.engine.protocol import Engine, GenerationChunk, GenerationStats, Message, ModelInfo
@@ -78,8 +78,6 @@ def _reply(engine: Engine, prompt: str, args: argparse.Namespace) -> Iterator[Ge
 
 def _stream(chunks: Iterator[GenerationChunk]) -> GenerationChunk:
     """Write the reply as it comes; the last chunk."""
-    from runner.chat.render import TerminalFilter
-
     on_terminal = sys.stdout.isatty()
     terminal = TerminalFilter()
     last = GenerationChunk("", None)
@@ -101,7 +99,7 @@ def _collect(chunks: Iterator[GenerationChunk], info: ModelInfo) -> GenerationCh
     pieces = []
     for last in chunks:
         pieces.append(last.text)
-    print(json.dumps(report("".join(pieces), last, info), ensure_ascii=False))
+    print(json_line(report("".join(pieces), last, info)))
     return last
 
 

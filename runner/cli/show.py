@@ -9,12 +9,12 @@ the template marks turns with text that anybody can type; null where that cannot
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 
 from models.errors import HandmillError
 from models.gguf_file import GgufFile, LazyArray, read_gguf
 from models.text import human_bytes, human_count, printable
+from runner.chat.render import json_line
 from runner.cli.resolve import resolve_local_model
 
 HELP = "what a model says of itself"
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     gguf = read_gguf(resolve_local_model(args.model))
     facts = describe(gguf)
     if args.json:
-        print(json.dumps(facts, ensure_ascii=False))
+        print(json_line(facts))
     else:
         _print(gguf, facts)
     return 0
