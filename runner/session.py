@@ -62,7 +62,8 @@ class ChatSession:
                 if chunk.token is not None:
                     tokens.append(chunk.token)
                 self.last_stats = chunk.stats
-                self._used = chunk.stats.prompt_tokens + chunk.stats.generated_tokens
+                # the last token of a full context was picked, but takes no place in it any more
+                self._used = min(chunk.stats.prompt_tokens + chunk.stats.generated_tokens, self.engine.info.n_ctx)
                 complete = chunk.finish_reason not in (None, "cancelled")
                 if chunk.finish_reason is not None:
                     # Kept before the last chunk goes out: nobody has to ask for more to have it.

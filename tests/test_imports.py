@@ -50,7 +50,6 @@ def test_one_direction(path: Path) -> None:
         ("llama_cpp", LLAMA_CPP),
         ("huggingface_hub", HUGGINGFACE_HUB),
         ("prompt_toolkit", TERMINAL),
-        ("rich", TERMINAL),
     ):
         assert package not in used or where.startswith(allowed), f"{where} imports {package}"
     assert not used & {"torch", "transformers"}, "oracles of the tests, nothing more"

@@ -41,6 +41,15 @@ def test_stats_and_context_used() -> None:
     assert session.context_used == 0
 
 
+def test_no_more_of_the_context_is_used_than_there_is() -> None:
+    engine = FakeEngine("Hello.")
+    room = len(engine.encode_chat([Message("user", "hi")])) + 3
+    session = ChatSession(FakeEngine("Hello.", n_ctx=room))
+    list(session.reply("hi"))
+    assert session.last_stats.prompt_tokens + session.last_stats.generated_tokens > room
+    assert session.context_used == room
+
+
 def test_a_cancelled_reply_keeps_what_came() -> None:
     engine = FakeEngine("Hello there")
     session = ChatSession(engine)
