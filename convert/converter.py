@@ -26,7 +26,7 @@ from convert.output import check_output, flush, translated, whole_file
 from convert.pipeline import PlacedTensor, write_tensors
 from convert.reading import reading_vocabulary
 from convert.tensors import TensorPlan, plan_tensors
-from convert.tokenizer import Vocabulary
+from convert.vocabulary import Vocabulary
 from models.errors import CheckpointError
 from models.families import ModelFamily, family_of
 from models.hparams import Hparams
@@ -114,7 +114,10 @@ def convert_checkpoint(
     progress("planning", 0, 1)
     model = _open_model(source)
     # The process that reads the tokenizer ends first, so that nothing waits for it when something else went wrong.
-    with ThreadPoolExecutor(1) as beside, reading_vocabulary(source, model.n_vocab, _TEXTS) as vocabulary:
+    with (
+        ThreadPoolExecutor(1) as beside,
+        reading_vocabulary(source, model.n_vocab, _TEXTS, model.family.vocabulary) as vocabulary,
+    ):
         tensors = _place(model, file_type)
         n_data = sum(padded(tensor.nbytes) for tensor in tensors)
         source_bytes = model.checkpoint.n_bytes
@@ -157,7 +160,7 @@ def plan_conversion(source: Path, file_type: FileType = DEFAULT) -> ConversionPl
     Raises CheckpointError, UnsupportedError, TensorError, TokenizerError, ConversionFailed.
     """
     model = _open_model(source)
-    with reading_vocabulary(source, model.n_vocab, _TEXTS) as vocabulary:
+    with reading_vocabulary(source, model.n_vocab, _TEXTS, model.family.vocabulary) as vocabulary:
         return _finish(model, file_type, _place(model, file_type), vocabulary())
 
 
@@ -272,6 +275,7 @@ def _header(tensors: Sequence[PlacedTensor], model: _Model, file_type_id: int, v
 
 def _notes(model: _Model, vocabulary: Vocabulary) -> Iterator[str]:
     """What a person should know of the file, though nothing is wrong with it."""
+    yield from vocabulary.notes
     if vocabulary.special.chat_template is None:
         yield "the checkpoint has no chat template: `handmill run` continues text, `handmill chat` cannot talk"
     window = model.hparams.get("sliding_window")

@@ -16,6 +16,8 @@ from types import MappingProxyType
 from typing import Literal
 
 from models.errors import UnsupportedError
+from models.families.vocabulary import DEFAULT as DEFAULT_VOCABULARY
+from models.families.vocabulary import VocabularyRules
 
 ExtraKey = Literal["vocab_size", "rope.dimension_count"]
 
@@ -31,6 +33,7 @@ class ModelFamily:
                       the query and key projections change places
     head_dim_key      key and value lengths are written even where they follow from the hidden size
     extra_keys        metadata that llama.cpp's converter writes for this architecture only
+    vocabulary        what its vocabulary has that no file of a checkpoint says
     """
 
     architectures: tuple[str, ...]
@@ -39,6 +42,7 @@ class ModelFamily:
     interleaved_rope: bool = False
     head_dim_key: bool = False
     extra_keys: tuple[ExtraKey, ...] = ()
+    vocabulary: VocabularyRules = DEFAULT_VOCABULARY
 
 
 @cache

@@ -1,6 +1,7 @@
 """Llama 1 to 3.x and its kin (Yi, SmolLM2), and Mistral, which llama.cpp computes as llama."""
 
 from models.families import ModelFamily
+from models.families import vocabulary as rules
 
 # transformers, LlamaConfig
 LLAMA = ModelFamily(
@@ -10,6 +11,7 @@ LLAMA = ModelFamily(
     interleaved_rope=True,
     head_dim_key=True,
     extra_keys=("vocab_size", "rope.dimension_count"),
+    vocabulary=rules.LLAMA,
 )
 
 # transformers, MistralConfig
@@ -20,4 +22,5 @@ MISTRAL = ModelFamily(
     interleaved_rope=True,
     head_dim_key=True,
     extra_keys=("vocab_size", "rope.dimension_count"),
+    vocabulary=rules.LLAMA,
 )
