@@ -111,11 +111,13 @@ def merges_of(document: Mapping[str, Any], path: Path) -> list[bytes]:
 
 
 def known_pretokenizer(files: TokenizerFiles, tokenizer: Any) -> str | None:
-    """llama.cpp's name by its hash of ids, with the special tokens that are put around a text, or without."""
-    for special in (True, False):
-        with translated(files.path):
-            ids = tokenizer.encode(pretokenizers.PROBE_TEXT, add_special_tokens=special).ids
-        name = pretokenizers.NAMES.get(sha256(str(ids).encode()).hexdigest())
+    """llama.cpp's name by its hash of ids, with the special tokens that stand around a text, or without."""
+    with translated(files.path):
+        ids = tokenizer.encode(pretokenizers.PROBE_TEXT).ids
+        plain = tokenizer.encode(pretokenizers.PROBE_TEXT, add_special_tokens=False).ids
+    bos = files.special.ids.get("bos")
+    for probe in ([bos, *plain] if bos is not None and files.special.add.get("bos") else ids, ids, plain):
+        name = pretokenizers.NAMES.get(sha256(str(probe).encode()).hexdigest())
         if name is not None:
-            return name
+            return None if name in pretokenizers.MISNAMED else name
     return None

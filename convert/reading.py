@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from convert.added_marks import settle_ends
 from convert.tokenizer import Vocabulary, read_vocabulary
 from models.errors import HandmillError, TokenizerError
 from models.families.vocabulary import DEFAULT, VocabularyRules
@@ -66,6 +67,7 @@ def _answer_of(process: subprocess.Popen[bytes], path: Path) -> Vocabulary:
     if isinstance(answer, HandmillError):
         raise answer
     assert isinstance(answer, Vocabulary)
+    settle_ends(answer)
     return answer
 
 

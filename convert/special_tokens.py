@@ -51,8 +51,8 @@ def read_special_tokens(path: Path, document: Any, config: dict[str, Any] | None
     for kind, name in names.items():
         flag = (config or {}).get(f"add_{kind}_token")
         if isinstance(flag, bool):
-            # transformers makes the post-processor anew where the config has such a flag
-            special.add[kind] = flag and (name is not None or not isinstance(document, dict))
+            # the post-processor of tokenizer.json decides: transformers 5 reads no such flag beside it
+            special.add.setdefault(kind, flag)
         if config is not None and name in ids_by_text:
             _set_id(special, kind, ids_by_text[name])
     model_config = read_json(path / "config.json") or {}

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from convert.added_marks import settle_added_marks
 from convert.byte_fallback import begins_with_space, byte_fallback_forms
 from convert.byte_level import read_byte_level_bpe
 from convert.check_texts import LIMIT_TEXTS
@@ -90,6 +91,8 @@ def read_vocabulary(
         vocabulary.add_space_prefix = rules.add_space_prefix
     elif vocabulary.model == "gpt2" and rules.reads_add_prefix_space:
         vocabulary.add_space_prefix = _flag(config.get("add_prefix_space"))
+    if tokenizer is not None:
+        settle_added_marks(path, vocabulary, tokenizer)
     check_vocabulary_shape(path, vocabulary)
     return vocabulary
 

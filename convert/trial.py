@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import struct
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,10 +18,11 @@ import gguf
 from convert.byte_letters import BYTES, LETTERS, RAW_PRETOKENIZERS
 from convert.gguf_writer import header_bytes
 from convert.special_tokens import SpecialTokens
-from convert.vocabulary import TokenType, Vocabulary
+from convert.vocabulary import TokenType, Vocabulary, check_no_doubles
 from convert.vocabulary_keys import add_vocabulary
 from models.errors import GenerationError, LoadError, TokenizerError
 from models.families.vocabulary import DEFAULT
+from models.native import Vocabulary as NativeVocabulary
 from models.native import open_vocabulary
 
 Expected = Mapping[str, Sequence[int]]
@@ -54,18 +56,12 @@ class Trial:
         `changes` replace fields of the vocabulary. Raises TokenizerError if llama.cpp cannot load it.
         """
         candidate = replace(self.vocabulary, **changes)  # type: ignore[arg-type]
-        with tempfile.TemporaryDirectory(prefix="handmill-") as folder:
-            path = Path(folder) / "vocabulary.gguf"
-            path.write_bytes(_file(candidate))
-            try:
-                with open_vocabulary(path) as native:
-                    for number, (text, expected) in enumerate(self.expected.items()):
-                        small = native.tokenize(text, add_special=False, parse_special=False)
-                        found = [self.ids[i] for i in small]
-                        if found != list(expected):
-                            return Difference(number, text, self._rest(text, found, expected))
-            except (LoadError, GenerationError) as error:
-                raise TokenizerError(f"llama.cpp does not load this tokenizer: {error}") from error
+        with _opened(candidate) as native:
+            for number, (text, expected) in enumerate(self.expected.items()):
+                small = native.tokenize(text, add_special=False, parse_special=False)
+                found = [self.ids[i] for i in small]
+                if found != list(expected):
+                    return Difference(number, text, self._rest(text, found, expected))
         return None
 
     def _rest(self, text: str, found: Sequence[int], expected: Sequence[int]) -> str:
@@ -78,34 +74,55 @@ class Trial:
 
 def make_trial(vocabulary: Vocabulary, expected: Expected) -> Trial:
     """`vocabulary` for the texts of `expected` only."""
-    written = [_as_written(text, vocabulary.model == "gpt2" and not _is_raw(vocabulary.pre)) for text in expected]
-    parts = _Parts(written)
-    needed = {i for ids in expected.values() for i in ids}
+    byte_level = vocabulary.model == "gpt2" and vocabulary.pre not in RAW_PRETOKENIZERS
+    parts = _Parts([_as_written(text, byte_level) for text in expected])
+    needed = {i for ids in expected.values() for i in ids} | set(vocabulary.special.ids.values())
     always = (TokenType.BYTE, TokenType.USER_DEFINED, TokenType.UNKNOWN)
     ids = [
         i
         for i, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
         if kind in always or i in needed or (kind == TokenType.NORMAL and token in parts)
     ]
-    special = SpecialTokens()
-    small = {whole: i for i, whole in enumerate(ids)}
-    for kind, whole in vocabulary.special.ids.items():
-        if whole in small:
-            special.ids[kind] = small[whole]
     merges = [merge for merge in vocabulary.merges if merge.replace(b" ", b"", 1) in parts]
-    cut = replace(
+    pieces = {i: _bytes_of(vocabulary, i) for i in needed if i < len(vocabulary.tokens)}
+    return Trial(_cut(vocabulary, ids, merges), expected, ids, pieces)
+
+
+def ending_tokens(vocabulary: Vocabulary) -> set[int]:
+    """The ids at which llama.cpp would end a reply. Raises TokenizerError."""
+    marks = (TokenType.CONTROL, TokenType.USER_DEFINED)
+    special = {*vocabulary.special.ids.values(), *vocabulary.special.ends}
+    ids = [i for i, kind in enumerate(vocabulary.types) if kind in marks or i in special]
+    with _opened(_cut(vocabulary, ids, [])) as native:
+        return {whole for small, whole in enumerate(ids) if native.is_eog(small)}
+
+
+def _cut(vocabulary: Vocabulary, ids: Sequence[int], merges: Sequence[bytes]) -> Vocabulary:
+    """The part of a vocabulary that has the tokens `ids`, numbered from 0."""
+    small = {whole: i for i, whole in enumerate(ids)}
+    marks = {kind: small[i] for kind, i in vocabulary.special.ids.items() if i in small}
+    special = SpecialTokens(ids=marks, add={"bos": False, "eos": False})
+    return replace(
         vocabulary,
         tokens=[vocabulary.tokens[i] for i in ids],
         types=[vocabulary.types[i] for i in ids],
         scores=[vocabulary.scores[i] for i in ids] if vocabulary.scores else [],
-        merges=merges or vocabulary.merges[:1],
+        merges=list(merges) or vocabulary.merges[:1],
         special=special,
     )
-    return Trial(cut, expected, ids, {i: _bytes_of(vocabulary, i) for i in needed})
 
 
-def _is_raw(pre: str | None) -> bool:
-    return pre in RAW_PRETOKENIZERS
+@contextmanager
+def _opened(vocabulary: Vocabulary) -> Iterator[NativeVocabulary]:
+    check_no_doubles(vocabulary)
+    with tempfile.TemporaryDirectory(prefix="handmill-") as folder:
+        path = Path(folder) / "vocabulary.gguf"
+        path.write_bytes(_file(vocabulary))
+        try:
+            with open_vocabulary(path) as native:
+                yield native
+        except (LoadError, GenerationError) as error:
+            raise TokenizerError(f"llama.cpp does not load this tokenizer: {error}") from error
 
 
 def _as_written(text: str, byte_level: bool) -> str:

@@ -119,7 +119,7 @@ def too_many_tokens(path: Path, n_tokens: int, n_vocab: int) -> TokenizerError:
 
 
 def check_vocabulary_shape(path: Path, vocabulary: Vocabulary) -> None:
-    """Raise TokenizerError for a vocabulary far smaller than the embedding, or one that would end llama.cpp."""
+    """Raise TokenizerError for a vocabulary far smaller than the embedding, or with a token twice."""
     n_vocab = len(vocabulary.tokens)
     missing = sum(1 for token in vocabulary.tokens if token.startswith(b"[PAD"))
     if missing > max(_PADDING_TOKENS, n_vocab * _PADDING_SHARE):
@@ -129,11 +129,18 @@ def check_vocabulary_shape(path: Path, vocabulary: Vocabulary) -> None:
             path=path,
             n_tokens=n_vocab - missing,
         )
-    # llama.cpp reads a token up to its first NUL, and ends the process if two are the same
-    twice = _first_double(token.split(b"\0", 1)[0] or b"[EMPTY_%d]" % i for i, token in enumerate(vocabulary.tokens))
+    check_no_doubles(vocabulary, path)
+
+
+def check_no_doubles(vocabulary: Vocabulary, path: Path | None = None) -> None:
+    """Raise TokenizerError for two tokens of one text: llama.cpp, which reads each up to its first NUL, would end
+    the process."""
+    tokens = enumerate(vocabulary.tokens)
+    twice = _first_double(token.split(b"\0", 1)[0] or b"[EMPTY_%d]" % i for i, token in tokens)
     if twice is not None:
         text = printable(twice.decode("utf-8", "replace"), 80)
-        raise TokenizerError(f"the tokenizer in {path} has the token {text!r} twice", path=path)
+        where = f" in {path}" if path is not None else ""
+        raise TokenizerError(f"the tokenizer{where} has the token {text!r} twice", path=path)
 
 
 def _first_double(tokens: Iterable[bytes]) -> bytes | None:

@@ -353,9 +353,7 @@ NAMED = {"bos_token": "<s>", "eos_token": "</s>"}
         (BYTE_LEVEL, NAMED, {"bos": False, "eos": False}),
         ({"type": "Sequence", "processors": [BYTE_LEVEL, template("<s>", "A")]}, NAMED, {"bos": True, "eos": False}),
         (None, {**NAMED, "add_bos_token": True, "add_eos_token": False}, {"bos": True, "eos": False}),
-        (template("<s>", "A"), {**NAMED, "add_bos_token": False}, {"bos": False}),
-        (BYTE_LEVEL, {**NAMED, "add_bos_token": True}, {"bos": True, "eos": False}),
-        (BYTE_LEVEL, {"add_bos_token": True}, {"bos": False, "eos": False}),
+        (template("<s>", "A"), {**NAMED, "add_bos_token": False}, {"bos": True}),
         ({"type": "RobertaProcessing"}, NAMED, {"bos": True, "eos": True, "sep": True}),
     ],
 )
