@@ -36,6 +36,7 @@ from convert.vocabulary import (
     UnsupportedTokenizer,
     Vocabulary,
     check_vocabulary_shape,
+    has_every_byte,
     translated,
 )
 from models.errors import TokenizerError
@@ -74,19 +75,18 @@ def read_vocabulary(
     files = TokenizerFiles(path, config, document or {}, special, n_vocab, rules)
     if model_path is not None:
         model = load_sentencepiece(model_path)
-        forms = _sentencepiece_forms(files, model)
+        forms = _sentencepiece_forms(files, model, tokenizer)
         encode = model.processor.EncodeAsIds if tokenizer is None else _encoder(path, tokenizer)
     else:
         forms = _document_forms(files, tokenizer)
         encode = _encoder(path, tokenizer)
     expected = {check_text: list(encode(check_text)) for check_text in check_texts}
-    vocabulary = _first_that_fits(forms, expected)
+    vocabulary = _first_that_fits(path, forms, expected)
     vocabulary.expected_ids = expected | vocabulary.expected_ids
-    add_family_roles(special, rules, vocabulary.tokens)
+    add_family_roles(vocabulary.special, rules, vocabulary.tokens)
     if vocabulary.model == "llama":
-        prefixes = model.add_dummy_prefix if tokenizer is None else begins_with_space(files, tokenizer)
         vocabulary.prefix_if_absent = _is_metaspace(document)
-        vocabulary.add_space_prefix = _space_prefix_key(files, prefixes)
+        vocabulary.add_space_prefix = _space_prefix_key(files, vocabulary.add_space_prefix is not False)
     elif vocabulary.model == "gemma4":
         vocabulary.add_space_prefix = rules.add_space_prefix
     elif vocabulary.model == "gpt2" and rules.reads_add_prefix_space:
@@ -129,19 +129,27 @@ def _document_forms(files: TokenizerFiles, tokenizer: Any) -> Iterator[Vocabular
         )
 
 
-def _sentencepiece_forms(files: TokenizerFiles, model: SentencePieceModel) -> Iterator[Vocabulary]:
+def _sentencepiece_forms(files: TokenizerFiles, model: SentencePieceModel, tokenizer: Any) -> Iterator[Vocabulary]:
     vocabulary = read_sentencepiece(files, model)
+    if tokenizer is not None:  # transformers reads tokenizer.json where there are both
+        vocabulary.add_space_prefix = begins_with_space(files, tokenizer)
     if model.model_type == UNIGRAM:
         yield from sentencepiece_unigram_forms(vocabulary, model)
     else:
         yield vocabulary
 
 
-def _first_that_fits(forms: Iterable[Vocabulary], expected: dict[str, list[int]]) -> Vocabulary:
+def _first_that_fits(path: Path, forms: Iterable[Vocabulary], expected: dict[str, list[int]]) -> Vocabulary:
     """The first form on which llama.cpp gives the ids that are expected; the first of all if none does, which the
     self-check of the file then refuses. A kind with one form is not tried."""
-    iterator = iter(forms)
-    first = form = next(iterator)
+    iterator = (form for form in forms if has_every_byte(form))
+    first = form = next(iterator, None)
+    if first is None or form is None:
+        raise UnsupportedTokenizer(
+            f"the tokenizer in {path} has no tokens for single bytes: llama.cpp ends its process at a character "
+            "that it does not know",
+            path=path,
+        )
     while (following := next(iterator, None)) is not None:
         if _fits(form, expected):
             return form

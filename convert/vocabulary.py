@@ -132,6 +132,14 @@ def check_vocabulary_shape(path: Path, vocabulary: Vocabulary) -> None:
     check_no_doubles(vocabulary, path)
 
 
+def has_every_byte(vocabulary: Vocabulary) -> bool:
+    """False for a SentencePiece vocabulary on which llama.cpp would end the process at an unknown character."""
+    if vocabulary.model != "llama":
+        return True
+    tokens = set(vocabulary.tokens)
+    return all(b"<0x%02X>" % byte in tokens or bytes([byte]) in tokens for byte in range(256))
+
+
 def check_no_doubles(vocabulary: Vocabulary, path: Path | None = None) -> None:
     """Raise TokenizerError for two tokens of one text: llama.cpp, which reads each up to its first NUL, would end
     the process."""
