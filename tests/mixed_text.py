@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import unicodedata
 from functools import cache
 from pathlib import Path
 
@@ -19,6 +20,7 @@ def mixed_lines(n_bytes: int = 100_000) -> tuple[str, ...]:
         chunk
         for path in [*sorted(_ROOT.glob("*/*.py")), _ROOT / "README.md", _ROOT / "convert" / "README.md"]
         for chunk in chunks(path.read_text(encoding="utf-8"), 700)
+        if not has_marks(chunk)
     ]
     scripts = itertools.cycle([*CHECK_TEXTS, *search_texts([], [])])
     lines: list[str] = []
@@ -33,3 +35,8 @@ def mixed_lines(n_bytes: int = 100_000) -> tuple[str, ...]:
 
 def chunks(text: str, size: int) -> list[str]:
     return [text[at : at + size] for at in range(0, len(text), size)]
+
+
+def has_marks(text: str) -> bool:
+    """Whether it has combining marks, on which llama.cpp is known to part: see LIMIT_TEXTS."""
+    return any(unicodedata.category(char) in ("Mn", "Mc") for char in text)
