@@ -72,8 +72,11 @@ def read_special_tokens(path: Path, document: Any, config: dict[str, Any] | None
 
 
 def _ends(*values: object) -> list[int]:
-    """Every token of these that ends a reply, each once."""
-    listed = [i for value in values for i in (value if isinstance(value, list) else [value])]
+    """The first of these that is a list: every token that ends a reply, each once.
+
+    A single id says no more than the tokenizer does, and where it says otherwise, llama.cpp believes the tokenizer.
+    """
+    listed: list[object] = next((value for value in values if isinstance(value, list)), [])
     return list(dict.fromkeys(i for i in listed if type(i) is int and 0 <= i < 2**31))
 
 
