@@ -23,10 +23,12 @@ from convert.tiktoken_files import QWEN
 from convert.tokenizer import Vocabulary, read_vocabulary
 from convert.vocabulary_keys import add_vocabulary
 from models.families import vocabulary as rules
+from models.gguf_file import LazyArray, read_gguf
 from models.native import open_vocabulary
 from scripts.build_peer import peer_folder
+from tests.checkpoints import write_json
 from tests.mixed_text import mixed_lines
-from tests.peer import need_peer
+from tests.peer import converter_command, need_peer
 from tests.rank_merging import encode_by_rank
 
 pytestmark = pytest.mark.parity
@@ -103,6 +105,68 @@ def test_deepseek(known: bool, wheels: Path, tmp_path: Path, monkeypatch: pytest
     assert (vocabulary.pre == "deepseek-v3") is not known  # by its hash, which is without BOS, another with its rules
     expected = {line: tokenizer.encode(line, add_special_tokens=False).ids for line in mixed_lines()}
     assert_same_ids(vocabulary, tmp_path, expected)
+
+
+# The converter's own vocabularies: key for key
+
+FAMILIES = {
+    "Gemma2ForCausalLM": ("gemma2", rules.GEMMA2),
+    "InternLM2ForCausalLM": ("internlm2", rules.INTERNLM2),
+    "Ernie4_5ForCausalLM": ("ernie4_5", rules.ERNIE),
+    "Phi3ForCausalLM": ("phi3", rules.DEFAULT),
+}
+
+
+@pytest.mark.parametrize("architecture", list(FAMILIES))
+def test_equals_the_vocabulary_of_the_converter(architecture: str, wheels: Path, tmp_path: Path) -> None:
+    need_peer()
+    model_type, family = FAMILIES[architecture]
+    shutil.copy(wheels / "mistral_common" / "data" / "tokenizer.model.v1", tmp_path / "tokenizer.model")
+    tokens = ("31998", "<tool>", False), ("31999", "<|im_end|>", True)
+    decoder = {key: {"content": content, "special": special} for key, content, special in tokens}
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": "LlamaTokenizer"}
+    flags = {"add_bos_token": True, "add_eos_token": False, "add_prefix_space": True}
+    write_json(tmp_path / "tokenizer_config.json", named | flags | {"added_tokens_decoder": decoder})
+    write_json(tmp_path / "config.json", {"architectures": [architecture], "model_type": model_type, **SIZES})
+    output = tmp_path / "theirs.gguf"
+    command = [*converter_command(tmp_path, output), "--vocab-only"]
+    subprocess.run(command, check=True, stdin=subprocess.DEVNULL, capture_output=True)
+    theirs = {
+        name: list(value) if isinstance(value, LazyArray) else value
+        for name, value in read_gguf(output).metadata.items()
+        if name.startswith("tokenizer.")
+    }
+    writer = gguf.GGUFWriter(path=None, arch=model_type)
+    add_vocabulary(writer, family, read_vocabulary(tmp_path, 32000, (), family))
+    ours = {name: entry.value for name, entry in writer.kv_data[0].items() if name.startswith("tokenizer.")}
+    ours["tokenizer.ggml.tokens"] = [token.decode() for token in ours["tokenizer.ggml.tokens"]]
+    if architecture.startswith("Gemma"):  # this tokenizer is Mistral's, which does put a space before a text
+        assert ours.pop("tokenizer.ggml.add_space_prefix") is not theirs.pop("tokenizer.ggml.add_space_prefix")
+    scores = "tokenizer.ggml.scores"
+    assert ours.pop(scores) == pytest.approx(theirs.pop(scores))
+    assert ours == theirs
+
+
+SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "original_max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "head_dim": 64,
+    "vocab_size": 32000,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "dtype": "bfloat16",
+    "sliding_window": 128,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "query_pre_attn_scalar": 64,
+}
 
 
 # llama.cpp's tables

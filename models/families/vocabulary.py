@@ -27,7 +27,8 @@ class VocabularyRules:
     """How the vocabulary of a family differs from what its files say. Its mappings are plain dicts: rules travel to
     the process that reads the tokenizer.
 
-    add_space_prefix   the key is written with this value, though it be the default, for a SentencePiece vocabulary
+    add_space_prefix   the key is written, though it be the default, for a SentencePiece vocabulary; its value is what
+                       the tokenizer does, which this tells of the family's own
     reads_add_prefix_space   the key is written where tokenizer_config.json has `add_prefix_space`
     special            kind -> text of the token that has this role where the files name none
     overrides          kind -> text of the token that has this role whatever the files say
@@ -102,12 +103,12 @@ CHATGLM3 = VocabularyRules(
 
 QWEN1 = VocabularyRules(special={"bos": "<|endoftext|>", "eos": "<|endoftext|>", "unk": "<|endoftext|>"})
 # A chat ends its turns with <|im_end|>, which the config does not say.
-INTERNLM2 = VocabularyRules(overrides={"eos": "<|im_end|>"}, unused_prefix="[UNUSED")
+INTERNLM2 = VocabularyRules(add_space_prefix=True, overrides={"eos": "<|im_end|>"}, unused_prefix="[UNUSED")
 INTERNLM3 = VocabularyRules(reads_add_prefix_space=True, overrides={"eos": "<|im_end|>"})
 # Their configs name another token.
 HUNYUAN_MOE = VocabularyRules(overrides={"bos": "<|bos|>"})
 PHI2 = VocabularyRules(add_bos=False)
-NEMOTRON = VocabularyRules(special={"pad": "<pad>", "unk": "<unk>"})
+NEMOTRON = VocabularyRules(special_ids=SpecialIds(256000, {"pad": 0, "unk": 1}))
 SOLAR_OPEN = VocabularyRules(
     special={"eos": "<|endoftext|>", "eot": "<|endoftext|>", "unk": "<unk>", "bos": "<|startoftext|>"}
 )
