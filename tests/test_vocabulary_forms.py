@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import sentencepiece
 import tokenizers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convert.check_texts import CHECK_TEXTS
@@ -434,3 +434,21 @@ def test_a_token_twice_is_an_error_before_llama_cpp_sees_it(tmp_path: Path) -> N
     write_json(tmp_path / "tokenizer.json", document)
     with pytest.raises(TokenizerError, match=r"has the token '\[PAD3001\]' twice"):
         read_vocabulary(tmp_path, 3010, ())
+
+
+def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [at, *(place for key, inner in list(items)[:6] for place in places(inner, (*at, key)))][:80]
+
+
+@settings(quick, max_examples=30)
+@given(data=st.data(), value=junk)
+def test_any_byte_level_tokenizer(tmp_path: Path, data: st.DataObject, value: object) -> None:
+    document = json.loads(trained("gpt-2"))
+    place = data.draw(st.sampled_from(places(document)[1:]))
+    inner = document
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    write_json(tmp_path / "tokenizer.json", document)
+    assert message_of(lambda: read_vocabulary(tmp_path, 3010, CHECK_TEXTS[:2])).isprintable()
