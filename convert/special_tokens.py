@@ -168,14 +168,14 @@ def _read_template(path: Path) -> str | None:
 
 
 def read_chat_template(path: Path, config: dict[str, Any] | None) -> str | list[dict[str, str]] | None:
-    """The chat template: in tokenizer_config.json (transformers 4), else chat_template.jinja, else .json."""
-    template = (config or {}).get("chat_template")
+    """The chat template: a file chat_template.jinja, else in tokenizer_config.json (transformers 4), else a .json."""
+    template: Any = _read_template(path / "chat_template.jinja")
+    others = sorted((path / "additional_chat_templates").glob("*.jinja"))
+    if template is not None and others:
+        template = [{"name": "default", "template": template}]
+        template += [{"name": other.stem, "template": _read_template(other)} for other in others]
     if template is None:
-        template = _read_template(path / "chat_template.jinja")
-        others = sorted((path / "additional_chat_templates").glob("*.jinja"))
-        if template is not None and others:
-            template = [{"name": "default", "template": template}]
-            template += [{"name": other.stem, "template": _read_template(other)} for other in others]
+        template = (config or {}).get("chat_template")
     if template is None:
         template = (read_json(path / "chat_template.json") or {}).get("chat_template")
     if template is None or isinstance(template, str):

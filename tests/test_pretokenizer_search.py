@@ -41,6 +41,7 @@ DEEPSEEK3 = (
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"""
     r""" ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
 )
+LATIN_AND_KIN = "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿ"
 BLOOM = r" ?[^(\s|[.,!?…。，、।۔،])]+"
 
 
@@ -77,6 +78,17 @@ STEPS: dict[str, list[Any]] = {
         digits(),
         letters(),
     ],
+    "deepseek-llm": [
+        split("[\r\n]"),
+        split(rf"\s?[{LATIN_AND_KIN}]+"),
+        split(r"\s?[!-/:-~！-／：-～‘-‟　-。]+"),
+        split(r"\s+$"),
+        split("[一-龥ࠀ-一가-퟿]+"),
+        digits(),
+        letters(),
+    ],
+    "superbpe": [split(r"\p{N}+"), split(r"(?=(\d{3})+(?!\d))"), letters()],
+    "laguna": [split(r"[^\n]+|[\n]+"), split(QWEN2), letters()],
     "falcon": [
         pre_tokenizers.Punctuation("contiguous"),
         letters(use_regex=True),
