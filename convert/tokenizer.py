@@ -29,7 +29,7 @@ from convert.tekken import CONFIG as TEKKEN_CONFIG
 from convert.tekken import read_tekken
 from convert.tiktoken_files import is_tiktoken, read_tiktoken, tiktoken_file
 from convert.unigram import sentencepiece_unigram_forms, unigram_forms
-from convert.vocab_merges import read_vocab_merges
+from convert.vocab_merges import END, read_vocab_merges
 from convert.vocabulary import (
     TokenizerFiles,
     TokenType,
@@ -66,7 +66,8 @@ def read_vocabulary(
     text = read_text(path / "tokenizer.json")
     document = None if text is None else _document(text, path)
     model_path = _sentencepiece_path(path, document)
-    if document is None and model_path is None:
+    is_foreign = document is None and model_path is None
+    if is_foreign:
         document, config = _foreign_document(path, config)
         text = json.dumps(document)
     tokenizer = None if text is None else _load_tokenizer(path, text)
@@ -91,7 +92,7 @@ def read_vocabulary(
         vocabulary.add_space_prefix = rules.add_space_prefix
     elif vocabulary.model == "gpt2" and rules.reads_add_prefix_space:
         vocabulary.add_space_prefix = _flag(config.get("add_prefix_space"))
-    if tokenizer is not None:
+    if tokenizer is not None and not is_foreign:  # other forms do not say what stands around a text
         settle_added_marks(path, vocabulary, tokenizer)
     check_vocabulary_shape(path, vocabulary)
     return vocabulary
@@ -184,7 +185,7 @@ def _foreign_document(path: Path, config: dict[str, Any]) -> tuple[dict[str, Any
     if ranks is not None:
         return read_tiktoken(ranks, config), config
     if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
-        return read_vocab_merges(path, config), config
+        return read_vocab_merges(path, config), {"eos_token": END, **config}
     for name, kind in _UNREAD.items():
         if (path / name).is_file():
             raise UnsupportedTokenizer(f"{path / name} is {kind}, which is not converted", path=path)

@@ -12,6 +12,9 @@ from convert.vocabulary import UnsupportedTokenizer
 from models.errors import TokenizerError
 from models.text import printable
 
+END = "<|endoftext|>"
+"""The token that ends a text, and for GPT-2 begins one, in every class below that names no other."""
+
 # tokenizer_class -> how it splits a text (None: as GPT-2 does) and normalises it. The files do not say.
 _CLASSES: dict[str, tuple[str | None, str | None]] = {
     "GPT2Tokenizer": (None, None),
@@ -71,7 +74,7 @@ def _added(path: Path, config: dict[str, Any], vocab: dict[str, Any]) -> list[Js
         if key.isascii() and key.isdecimal() and len(key) < 10 and isinstance(entry, dict):
             text = str(entry.get("content", ""))
             added[int(key)] = added_token(text, int(key), special=entry.get("special") is True)
-    for name, value in {"default_token": "<|endoftext|>", **config}.items():
+    for name, value in {"end_token": END, **config}.items():
         named = value.get("content") if isinstance(value, dict) else value
         if name.endswith("_token") and isinstance(named, str) and named in vocab:
             added.setdefault(vocab[named], added_token(named, vocab[named]))

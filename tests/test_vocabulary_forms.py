@@ -270,7 +270,7 @@ def test_tiktoken_known_by_its_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     decoder = {str(len(ranks())): {"content": "<|end|>", "special": True}}
     write_json(tmp_path / "tokenizer_config.json", {"added_tokens_decoder": decoder, "eos_token": "<|end|>"})
 
-    def split_by(tokenizer: Any, added: object) -> bool:
+    def split_by(tokenizer: Any, *others: object) -> bool:
         return [text for text, _ in tokenizer.pre_tokenizer.pre_tokenize_str("1234")] == ["123", "4"]
 
     monkeypatch.setattr(tiktoken_files, "_is_known", split_by)
