@@ -19,7 +19,7 @@ from typing import Literal
 
 from convert import metadata, quantize
 from convert.check import CHECK_TEXTS, LIMIT_TEXTS, check_computation, check_vocabulary
-from convert.checkpoint import Checkpoint, open_checkpoint
+from convert.checkpoint import Checkpoint, check_converted, open_checkpoint
 from convert.file_types import DEFAULT, FileType
 from convert.gguf_writer import TensorEntry, header_bytes, padded
 from convert.output import check_output, flush, translated, whole_file
@@ -180,7 +180,11 @@ def _open_model(source: Path) -> _Model:
     family = family_of(checkpoint.architecture)
     hparams = Hparams(checkpoint.config, family.defaults)
     hparams.refuse_unknown_computation()
-    return _Model(checkpoint, family, hparams, plan_tensors(checkpoint, family, hparams))
+    tensors = plan_tensors(checkpoint, family, hparams)
+    for tensor in tensors:
+        if tensor.source is not None:
+            check_converted(tensor.source)
+    return _Model(checkpoint, family, hparams, tensors)
 
 
 def _finish(
@@ -247,7 +251,7 @@ def _in_order(
 def _carrier(checkpoint: Checkpoint) -> quantize.TensorType:
     """What llama.cpp's converter would store matrices in: the type of the first that is BF16 or F16, else F32."""
     for tensor in checkpoint.tensors.values():
-        if len(tensor.shape) > 1 and tensor.dtype != "F32":
+        if len(tensor.shape) > 1 and tensor.dtype in ("BF16", "F16"):
             return quantize.tensor_type(tensor.dtype)
     return quantize.F32
 
