@@ -84,7 +84,7 @@ def _read_zip(file: BinaryIO, path: Path) -> tuple[dict[str, TensorRef], _Places
 
 def _bytes_of(file: BinaryIO, entry: ZipEntry, path: Path) -> bytes:
     if entry.nbytes > MAX_BYTES:
-        raise CheckpointError(f"the pickle in {path} has {entry.nbytes:,} bytes, more than {MAX_BYTES:,}", path=path)
+        raise _broken(path, f"its pickle has {entry.nbytes:,} bytes, more than {MAX_BYTES:,}")
     file.seek(entry.offset)
     return file.read(entry.nbytes)
 
@@ -133,15 +133,14 @@ def _state_dict(value: object, path: Path) -> dict[str, TensorRef]:
     """The value, if it is a dict of tensors and of nothing else."""
     if not isinstance(value, dict):
         raise UnsupportedError(
-            f"{path} holds a {type(value).__name__} where a dict of tensors should be",
+            f"{path} holds {_kind(value)} where a dict of tensors should be",
             hint="Only the state dict of a model is read, saved alone.",
             path=path,
         )
     for name, tensor in value.items():
         if not isinstance(tensor, TensorRef):
-            kind = "a dict" if isinstance(tensor, dict) else f"a {type(tensor).__name__}"
             raise UnsupportedError(
-                f"{path} holds {kind} under {printable(name)!r}, where a tensor should be",
+                f"{path} holds {_kind(tensor)} under {printable(name)!r}, where a tensor should be",
                 hint="It is no plain state dict; perhaps a training checkpoint that holds one. Save that one alone.",
                 path=path,
             )
@@ -166,6 +165,10 @@ def _tensor_info(path: Path, name: str, tensor: TensorRef, places: _Places) -> T
         )
     strides = None if contiguous(shape, tensor.strides) else tensor.strides
     return TensorInfo(name, tensor.dtype, shape, path, start + tensor.offset * item, n_items * item, strides)
+
+
+def _kind(value: object) -> str:
+    return "a dict" if isinstance(value, dict) else f"a value of type {type(value).__name__}"
 
 
 def _storage_bytes(storage: StorageRef) -> int:

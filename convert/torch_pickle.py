@@ -334,7 +334,7 @@ def _plain(metadata: list[object]) -> bool:
 
 
 def _kind(value: object) -> str:
-    return value.value if isinstance(value, Applied) else f"a {type(value).__name__}"
+    return value.value if isinstance(value, Applied) else f"a value of type {type(value).__name__}"
 
 
 # The instructions, by the names that pickletools.py gives them
