@@ -83,9 +83,8 @@ def pick_checkpoint(listing: Listing) -> list[HubFile]:
 
     Raises HubError.
     """
-    shards, index = next(
-        ((found, index) for pattern, index in _SHARDS if (found := listing.matching(pattern))), ([], "")
-    )
+    matches = ((listing.matching(pattern), index) for pattern, index in _SHARDS)
+    shards, index = next((match for match in matches if match[0]), ([], ""))
     wanted = [file for file in listing.files if file.name in (*_CHECKPOINT_FILES, index)] + shards
     for missing, there in (
         ("config.json", any(file.name == "config.json" for file in wanted)),
