@@ -128,11 +128,6 @@ COMMON: Mapping[str, Getter] = {
     "attention.head_count_kv": lambda hparams: (
         _integers(hparams, "num_key_value_heads") if hparams.has("num_key_value_heads") else hparams.n_heads
     ),
-    "attention.key_length": _given_head_dim,
-    "attention.value_length": _given_head_dim,
-    "attention.layer_norm_rms_epsilon": number("rms_norm_eps"),
-    "attention.layer_norm_epsilon": number("layer_norm_eps"),
-    "rope.freq_base": _theta,
     "rope.scaling.type": _scaling_type,
     "rope.scaling.factor": _factor,
     "rope.scaling.original_context_length": _trained_context,
@@ -140,10 +135,15 @@ COMMON: Mapping[str, Getter] = {
     "rope.scaling.yarn_attn_factor": _attention_factor,
     "rope.scaling.yarn_beta_fast": rope_number("beta_fast"),
     "rope.scaling.yarn_beta_slow": rope_number("beta_slow"),
+    "rope.freq_base": _theta,
+    "attention.layer_norm_rms_epsilon": number("rms_norm_eps"),
+    "attention.layer_norm_epsilon": number("layer_norm_eps"),
     "expert_count": natural("num_experts"),
     "expert_used_count": integer("num_experts_per_tok"),
     "expert_group_count": natural("n_group"),
     "expert_group_used_count": natural("topk_group"),
     "expert_gating_func": _gating,
+    "attention.key_length": _given_head_dim,
+    "attention.value_length": _given_head_dim,
 }
-"""Key -> value for a Llama-like model. A family's own `keys` come over these."""
+"""Key -> value for a Llama-like model, in the order of llama.cpp's converter. A family's own `keys` come over these."""

@@ -14,8 +14,8 @@ LLAMA = ModelFamily(
     keys={
         "attention.key_length": head_dim,
         "attention.value_length": head_dim,
-        "rope.dimension_count": head_dim,
         "vocab_size": integer("vocab_size"),
+        "rope.dimension_count": head_dim,
     },
     passes=interleaved_rope(),
     ignored=("sliding_window", "is_llama_config"),
