@@ -146,4 +146,4 @@ COMMON: Mapping[str, Getter] = {
     "attention.key_length": _given_head_dim,
     "attention.value_length": _given_head_dim,
 }
-"""Key -> value for a Llama-like model, in the order of llama.cpp's converter. A family's own `keys` come over these."""
+"""Key -> value for a Llama-like model, in the order of llama.cpp's converter. A family's own `keys` go over these."""
