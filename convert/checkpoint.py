@@ -32,7 +32,7 @@ MAX_JSON_BYTES = 500_000_000
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}")
 
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
-"""The dtypes that are converted. Others are read, for a tensor that the model does not need; see `check_converted`."""
+"""The dtypes that are converted. Others are listed too: a model may not need the tensor; see tensors.py."""
 MAX_DIMENSIONS = 8
 
 
@@ -98,28 +98,6 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not tensors:
         raise CheckpointError(f"the shards in {path} hold no tensors", path=path)
     return Checkpoint(path, config, tensors)
-
-
-def check_converted(tensor: TensorInfo) -> None:
-    """Refuse a tensor that the model needs, if it cannot be converted. Raises UnsupportedError, TensorError."""
-    name, where = printable(tensor.name), tensor.path.name
-    if tensor.dtype not in ITEM_BYTES:
-        raise UnsupportedError(
-            f"tensor {name!r} in {where} is {tensor.dtype}; BF16, F16 and F32 are converted",
-            hint="Convert the original bf16, f16 or f32 checkpoint.",
-            tensor=tensor.name,
-        )
-    if tensor.strides is not None:
-        raise UnsupportedError(
-            f"tensor {name!r} in {where} is a view whose rows are not one after the other",
-            hint="Save the state dict again after .contiguous() on each tensor.",
-            tensor=tensor.name,
-        )
-    if not 1 <= len(tensor.shape) <= 4 or 0 in tensor.shape:
-        raise TensorError(
-            f"tensor {name!r} in {where} has the shape {list(tensor.shape)}: none that a model's tensor may have",
-            tensor=tensor.name,
-        )
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import struct
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +19,13 @@ from typing import Literal
 
 from convert import metadata, quantize
 from convert.check import CHECK_TEXTS, LIMIT_TEXTS, check_computation, check_vocabulary
-from convert.checkpoint import Checkpoint, check_converted, open_checkpoint
+from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.file_types import DEFAULT, FileType
 from convert.gguf_writer import TensorEntry, header_bytes, padded
 from convert.output import check_output, flush, translated, whole_file
 from convert.pipeline import PlacedTensor, write_tensors
 from convert.reading import reading_vocabulary
+from convert.stored import stored
 from convert.tensors import TensorPlan, plan_tensors
 from convert.tokenizer import Vocabulary
 from models.errors import CheckpointError
@@ -102,32 +103,35 @@ def convert_checkpoint(
     force: bool = False,
     check: bool = True,
     threads: int | None = None,
+    ignored_fields: Collection[str] = (),
     progress: Progress = lambda stage, done, total: None,
 ) -> ConversionReport:
     """Convert the checkpoint directory `source` to the GGUF file `output`, which appears whole or not at all.
 
-    Raises the errors of `plan_conversion`, TensorError, OutputError, ConversionFailed, CheckFailed.
+    `ignored_fields` of config.json may have any value. Raises the errors of `plan_conversion`, TensorError,
+    OutputError, ConversionFailed, CheckFailed.
     """
     started = time.monotonic()
     threads = threads or available_cores()
     check_output(output, 0, force=force)
     progress("planning", 0, 1)
-    model = _open_model(source)
+    model = _open_model(source, ignored_fields)
     # The process that reads the tokenizer ends first, so that nothing waits for it when something else went wrong.
     with ThreadPoolExecutor(1) as beside, reading_vocabulary(source, model.n_vocab, _TEXTS) as vocabulary:
         tensors = _place(model, file_type)
         n_data = sum(padded(tensor.nbytes) for tensor in tensors)
         source_bytes = model.checkpoint.n_bytes
+        all_weights = sum(tensor.plan.n_weights for tensor in tensors)
         with whole_file(output, n_data, force=force) as partial:
             planned = beside.submit(lambda: _write_header(_finish(model, file_type, tensors, vocabulary()), partial))
             # While the weights are encoded the vocabulary is checked, which ends the run at once if it fails.
             checked = beside.submit(lambda: _check_vocabulary(planned.result(), partial)) if check else None
 
-            def encoded(n_bytes: int) -> None:
+            def encoded(n_weights: int) -> None:
                 for future in (planned, checked):
                     if future is not None and future.done():
                         future.result()
-                progress("encoding", n_bytes, source_bytes)
+                progress("encoding", source_bytes * n_weights // all_weights, source_bytes)
 
             def data_start(wait: bool) -> int | None:
                 try:
@@ -151,12 +155,14 @@ def convert_checkpoint(
     return ConversionReport(output, plan, time.monotonic() - started, check, warnings)
 
 
-def plan_conversion(source: Path, file_type: FileType = DEFAULT) -> ConversionPlan:
+def plan_conversion(
+    source: Path, file_type: FileType = DEFAULT, *, ignored_fields: Collection[str] = ()
+) -> ConversionPlan:
     """Read configs, headers and tokenizer; let llama.cpp choose the types and look the model over.
 
     Raises CheckpointError, UnsupportedError, TensorError, TokenizerError, ConversionFailed.
     """
-    model = _open_model(source)
+    model = _open_model(source, ignored_fields)
     with reading_vocabulary(source, model.n_vocab, _TEXTS) as vocabulary:
         return _finish(model, file_type, _place(model, file_type), vocabulary())
 
@@ -169,22 +175,21 @@ class _Model:
     family: ModelFamily
     hparams: Hparams
     tensors: Sequence[TensorPlan]
+    ignored_fields: frozenset[str]
 
     @property
     def n_vocab(self) -> int:
         return self.hparams.integer("vocab_size")
 
 
-def _open_model(source: Path) -> _Model:
+def _open_model(source: Path, ignored_fields: Collection[str]) -> _Model:
     checkpoint = open_checkpoint(source)
-    family = family_of(checkpoint.architecture)
-    hparams = Hparams(checkpoint.config, family.defaults)
-    hparams.refuse_unknown_computation()
-    tensors = plan_tensors(checkpoint, family, hparams)
-    for tensor in tensors:
-        if tensor.source is not None:
-            check_converted(tensor.source)
-    return _Model(checkpoint, family, hparams, tensors)
+    family = family_of(checkpoint.architecture, checkpoint.config)
+    hparams = family.hparams(checkpoint.config)
+    hparams.refuse_quantized()
+    hparams.require(family.requires)
+    tensors = {name: stored(info) for name, info in checkpoint.tensors.items()}
+    return _Model(checkpoint, family, hparams, plan_tensors(tensors, family, hparams), frozenset(ignored_fields))
 
 
 def _finish(
@@ -228,8 +233,9 @@ def _place(model: _Model, file_type: FileType) -> list[PlacedTensor]:
     carriers = {plan.name: quantize.F32 if plan.keep_f32 else carrier for plan in model.tensors}
     unquantized = _in_order((plan, carriers[plan.name], carriers[plan.name]) for plan in model.tensors)
     header = _header(unquantized, model, 0, None)
+    model.hparams.refuse_unread((*model.family.ignored, *model.ignored_fields))
     with quantize.hollow_file(header, sum(padded(tensor.nbytes) for tensor in unquantized)) as hollow:
-        sources = {plan.name: plan.source.name for plan in model.tensors if plan.source is not None}
+        sources = {plan.name: plan.weights.name for plan in model.tensors}
         quantize.check_structure(hollow, sources)
         types = quantize.choose_tensor_types(hollow, file_type, len(unquantized))
     plans = {plan.name: plan for plan in model.tensors}
@@ -278,9 +284,11 @@ def _notes(model: _Model, vocabulary: Vocabulary) -> Iterator[str]:
     """What a person should know of the file, though nothing is wrong with it."""
     if vocabulary.special.chat_template is None:
         yield "the checkpoint has no chat template: `handmill run` continues text, `handmill chat` cannot talk"
-    window = model.hparams.get("sliding_window")
-    if model.hparams.get("use_sliding_window") is None and isinstance(window, int):
+    window = model.hparams.get("sliding_window") if "sliding_window" in model.family.ignored else None
+    if isinstance(window, int) and not model.hparams.has("use_sliding_window"):
         yield (
             f"the model looks back {window:,} tokens at most, which llama.cpp does not compute for this architecture: "
             "beyond that its answers may differ"
         )
+    if model.hparams.rope.type == "dynamic":
+        yield "the rope scaling is dynamic: beyond the trained context, where it would begin, answers may differ"

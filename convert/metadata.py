@@ -16,6 +16,7 @@ from convert.checkpoint import Checkpoint, read_json
 from convert.gguf_writer import TypedValue
 from convert.tokenizer import Vocabulary
 from models.families import ModelFamily
+from models.families.keys import COMMON
 from models.hparams import Hparams
 
 # CodeLlama is the llama architecture with this many tokens; its fill-in-the-middle tokens stand at fixed ids.
@@ -23,6 +24,13 @@ _CODE_LLAMA_VOCAB = 32016
 _CODE_LLAMA_FIM = {"prefix": 32007, "suffix": 32008, "middle": 32009, "eot": 32010}
 # Granite small models, and SmolLM2: a prompt begins without a BOS token unless the tokenizer adds one itself.
 _NO_BOS_VOCAB = 49152
+
+_VALUE_TYPES = {
+    bool: gguf.GGUFValueType.BOOL,
+    int: gguf.GGUFValueType.UINT32,
+    float: gguf.GGUFValueType.FLOAT32,
+    str: gguf.GGUFValueType.STRING,
+}
 
 
 def build_metadata(
@@ -45,7 +53,7 @@ def build_metadata(
     _add_hparams(writer, family, hparams)
     if vocabulary is None:
         writer.add_tokenizer_model("no_vocab")
-        if "vocab_size" not in family.extra_keys:
+        if "vocab_size" not in family.keys:
             writer.add_vocab_size(hparams.integer("vocab_size"))
     else:
         _add_vocabulary(writer, family, vocabulary)
@@ -103,37 +111,16 @@ def _is_sampling_value(name: str, value: object) -> bool:
 
 
 def _add_hparams(writer: gguf.GGUFWriter, family: ModelFamily, hparams: Hparams) -> None:
-    writer.add_block_count(hparams.n_layers)
-    writer.add_context_length(hparams.integer("max_position_embeddings"))
-    writer.add_embedding_length(hparams.integer("hidden_size"))
-    writer.add_feed_forward_length(hparams.integer("intermediate_size"))
-    writer.add_head_count(hparams.n_heads)
-    writer.add_head_count_kv(hparams.n_heads_kv)
-    rope = hparams.rope
-    if rope.type == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(rope.number("factor"))
-    elif rope.type == "yarn":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(rope.number("factor"))
-        writer.add_rope_scaling_orig_ctx_len(int(rope.number("original_max_position_embeddings")))
-        for name, add in (
-            ("extrapolation_factor", writer.add_rope_scaling_yarn_ext_factor),
-            ("attention_factor", writer.add_rope_scaling_yarn_attn_factor),
-            ("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
-            ("beta_slow", writer.add_rope_scaling_yarn_beta_slow),
-        ):
-            if rope.fields.get(name) is not None:
-                add(rope.number(name))
-    writer.add_rope_freq_base(rope.theta)
-    writer.add_layer_norm_rms_eps(hparams.number("rms_norm_eps"))
-    if family.head_dim_key or hparams.get("head_dim") is not None:
-        writer.add_key_length(hparams.head_dim)
-        writer.add_value_length(hparams.head_dim)
-    if "vocab_size" in family.extra_keys:
-        writer.add_vocab_size(hparams.integer("vocab_size"))
-    if "rope.dimension_count" in family.extra_keys:
-        writer.add_rope_dimension_count(hparams.head_dim)
+    writer.add_block_count(family.n_blocks(hparams))
+    for key, getter in {**COMMON, **family.keys}.items():
+        value = getter(hparams)
+        if value is None or value == []:
+            continue
+        full_key = f"{family.gguf_arch}.{key}"
+        if isinstance(value, list):
+            writer.add_array(full_key, value)
+        else:
+            writer.add_key_value(full_key, value, _VALUE_TYPES[type(value)])
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter, family: ModelFamily, vocabulary: Vocabulary) -> None:

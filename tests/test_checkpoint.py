@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import struct
@@ -15,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convert.checkpoint import ITEM_BYTES, check_converted, open_checkpoint, read_json
-from convert.tensor_info import DTYPE_BYTES, TensorInfo
+from convert.checkpoint import open_checkpoint, read_json
+from convert.tensor_info import DTYPE_BYTES
 from models.errors import CheckpointError, TensorError, UnsupportedError
 from tests.checkpoints import (
     INDEX,
@@ -323,32 +322,11 @@ def test_header_at_odds_with_itself(tmp_path: Path, change: Change, message: str
         open_checkpoint(tmp_path)
 
 
-# A tensor that is read, but that no model can need
-
-
-def changed(name: str, **fields: object) -> TensorInfo:
-    return dataclasses.replace(TensorInfo(name, "F32", (2, 4), Path("x.bin"), 0, 32), **fields)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("dtype", sorted(DTYPE_BYTES.keys() - ITEM_BYTES.keys()))
-def test_dtype_that_is_known_but_not_converted(tmp_path: Path, dtype: str) -> None:
+@pytest.mark.parametrize("dtype", sorted(DTYPE_BYTES))
+def test_every_dtype_is_listed(tmp_path: Path, dtype: str) -> None:
+    """A model may not need the tensor."""
     edit_header(small(tmp_path), set_entry("b", dtype=dtype, shape=[32 // DTYPE_BYTES[dtype]]))
-    tensors = open_checkpoint(tmp_path).tensors
-    check_converted(tensors["a"])
-    with pytest.raises(UnsupportedError, match=f"'b' in model.safetensors is {dtype}"):
-        check_converted(tensors["b"])
-
-
-@pytest.mark.parametrize("shape", [(), (0, 4), (4, 0), (1, 1, 1, 2, 4)])
-def test_shape_that_is_read_but_not_converted(shape: tuple[int, ...]) -> None:
-    with pytest.raises(TensorError, match=r"'b' in x\.bin has the shape"):
-        check_converted(changed("b", shape=shape))
-
-
-def test_rows_that_are_not_one_after_the_other() -> None:
-    with pytest.raises(UnsupportedError, match=r"'b' in x\.bin is a view") as raised:
-        check_converted(changed("b", strides=(1, 2)))
-    assert ".contiguous()" in raised.value.hint
+    assert open_checkpoint(tmp_path).tensors["b"].dtype == dtype
 
 
 # What a stranger writes is quoted, cut and harmless

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import struct
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from convert.checkpoint import open_checkpoint
 from convert.converter import convert_checkpoint
 from convert.file_types import file_type
+from convert.stored import stored
 from convert.torch_file import read_torch_file
 from models.errors import CheckpointError, TensorError
 from tests.checkpoints import (
@@ -88,6 +90,27 @@ def test_views_of_one_storage(tmp_path: Path, legacy: bool) -> None:
     }
     strided = {name: info.strides for name, info in found.items() if info.strides is not None}
     assert strided == {"transposed": (1, 4), "column": (4, 7), "plain": (3,)}
+
+
+@pytest.mark.parametrize("form", VALID)
+def test_views_are_converted_by_rows(tmp_path: Path, form: str) -> None:
+    for name, info in read(tmp_path, VALID[form]).items():
+        if name not in ("scalar", "empty"):
+            weights, expected = stored(info), values(info)
+            np.testing.assert_array_equal(weights.values(), expected)
+            matrix = expected.reshape(-1, weights.row_length)
+            rows, columns = np.array([len(matrix) - 1, 0, 0]), slice(weights.row_length - 1, weights.row_length)
+            np.testing.assert_array_equal(weights.read(rows, columns), matrix[rows, columns])
+
+
+def test_a_view_whose_file_was_cut_or_lost_after_it_was_listed(tmp_path: Path) -> None:
+    weights = stored(read(tmp_path, VALID["zip"])["transposed"])
+    os.truncate(tmp_path / "pytorch_model.bin", 40)
+    with pytest.raises(TensorError, match="was cut short while it was read"):
+        weights.values()
+    (tmp_path / "pytorch_model.bin").unlink()
+    with pytest.raises(TensorError, match="cannot read"):
+        weights.values()
 
 
 def test_the_attributes_of_a_state_dict_are_passed_over(tmp_path: Path) -> None:
@@ -369,6 +392,22 @@ def test_the_same_file_comes_of_both_formats(tmp_path: Path, legacy: bool, shard
     ):
         output = tmp_path / f"{parent}.gguf"
         convert_checkpoint(make(tmp_path / parent / "tiny"), output, file_type("Q8_0"))
+        outputs.append(output.read_bytes())
+    assert outputs[0] == outputs[1]
+
+
+def test_matrices_that_lie_transposed(tmp_path: Path) -> None:
+    outputs = []
+    for parent, turned in (("a", False), ("b", True)):
+        folder, output = tiny_checkpoint(tmp_path / parent / "tiny", shards=1), tmp_path / f"{parent}.gguf"
+        (folder / "model.safetensors").unlink()
+        tensors = tiny_tensors(tiny_config())
+        if turned:
+            tensors = {name: np.asfortranarray(array) for name, array in tensors.items()}
+        write_torch_file(folder / "pytorch_model.bin", tensors)
+        turned_found = [info for info in open_checkpoint(folder).tensors.values() if info.strides]
+        assert bool(turned_found) is turned
+        convert_checkpoint(folder, output, file_type("Q8_0"), check=False)
         outputs.append(output.read_bytes())
     assert outputs[0] == outputs[1]
 

@@ -172,7 +172,7 @@ def write_torch_file(path: Path, tensors: Mapping[str, NDArray[Any]], *, legacy:
         strides = [stride // array.itemsize for stride in array.strides]
         where = storage(str(key), f"torch.{_STORAGES[array.dtype]}Storage", array.size, *([b"N"] if legacy else []))
         pickled[name] = tensor(where, 0, array.shape, strides)
-        storages[str(key)] = (array.size, array.tobytes())
+        storages[str(key)] = (array.size, array.tobytes("A"))
     if legacy:
         path.write_bytes(legacy_form(state(**pickled), storages))
     else:

@@ -31,6 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the plan and the final size, write nothing")
     parser.add_argument("--force", action="store_true", help="replace a file that is already there")
     parser.add_argument("--no-check", action="store_true", help="do not try the file before it is called done")
+    parser.add_argument(
+        "--ignore-field",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="a field of config.json that is not known, and changes nothing; may be given several times",
+    )
     parser.add_argument("-j", "--threads", type=int, metavar="N", help="threads that encode (default: every core)")
     parser.add_argument("--json", action="store_true", help="the report as one JSON object on stdout")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress and no report")
@@ -56,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     source, name, named_type = checkpoint_source(args.source, args.quiet)
     kind = kind or file_type(named_type or DEFAULT.name)
     if args.dry_run:
-        plan = plan_conversion(source, kind)
+        plan = plan_conversion(source, kind, ignored_fields=args.ignore_field)
         _print_plan(plan, as_json=args.json)
         return 0
     output = args.output or _library_place(name, kind)
@@ -68,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
             force=args.force,
             check=not args.no_check,
             threads=args.threads,
+            ignored_fields=args.ignore_field,
             progress=lambda stage, done, total: line.show(stage, done, total, human_bytes),
         )
     remember_conversion(source, kind.name, output)
