@@ -101,7 +101,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     tensors: dict[str, TensorInfo] = {}
     index = _read_index(path)
     for shard in _shard_names(path, index):
-        for tensor in _read_header(path / shard):
+        for tensor in read_header(path / shard):
             if tensor.name in tensors:
                 raise TensorError(
                     f"tensor {tensor.name[:200]!r} is in {tensors[tensor.name].path.name} and in {shard}",
@@ -197,7 +197,7 @@ def _shard_names(path: Path, index: Mapping[str, str] | None) -> list[str]:
     raise CheckpointError(f"{path} has no model*.safetensors", hint="Are the shards fetched?", path=path)
 
 
-def _read_header(path: Path) -> list[TensorInfo]:
+def read_header(path: Path) -> list[TensorInfo]:
     """The tensors of one shard, in the order of their data, checked against the size of the file."""
     try:
         size = path.stat().st_size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,12 +72,10 @@ def plan_tensors(tensors: Mapping[str, Weights], family: ModelFamily, hparams: H
             raise _without_place(weights, family, n_blocks)
     for step in (without_other_parts, *family.passes, stack_experts):
         kept = dict(step(kept, hparams))
-    names = gguf.get_tensor_name_map(_architecture(family), n_blocks)
+    gguf_name = gguf_names(family, hparams)
     plans: dict[str, TensorPlan] = {}
     for hf_name, weights in {**rope_tensors(hparams), **kept}.items():
-        name = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
-        if name is None:
-            raise _without_place(weights, family, n_blocks)
+        name = gguf_name(hf_name, weights)
         if name in plans:
             raise TensorError(f"tensor {printable(weights.name)!r} is there twice, as {name}", tensor=weights.name)
         _check_readable(weights)
@@ -86,6 +84,23 @@ def plan_tensors(tensors: Mapping[str, Weights], family: ModelFamily, hparams: H
     _check_ends(plans, hparams)
     _check_biases(plans)
     return list(plans.values())
+
+
+def gguf_names(family: ModelFamily, hparams: Hparams) -> Callable[[str, Weights], str]:
+    """From a name of the checkpoint, after the family's passes, to GGUF's.
+
+    The function raises TensorError for a tensor that has no place in the architecture.
+    """
+    n_blocks = family.n_blocks(hparams)
+    names = gguf.get_tensor_name_map(_architecture(family), n_blocks)
+
+    def gguf_name(name: str, weights: Weights) -> str:
+        found: str | None = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if found is None:
+            raise _without_place(weights, family, n_blocks)
+        return found
+
+    return gguf_name
 
 
 def _without_place(weights: Weights, family: ModelFamily, n_blocks: int) -> TensorError:
