@@ -196,7 +196,7 @@ def _shard_names(path: Path, form: _Format, index: Mapping[str, str] | None) -> 
     return names
 
 
-def _read_header(path: Path) -> list[TensorInfo]:
+def read_header(path: Path) -> list[TensorInfo]:
     """The tensors of one shard, in the order of their data, checked against the size of the file."""
     try:
         size = path.stat().st_size
@@ -288,6 +288,6 @@ def _check_index(index_name: str, index: Mapping[str, str], tensors: Mapping[str
 
 
 _FORMATS = (
-    _Format("model.safetensors.index.json", "model*.safetensors", _read_header),
+    _Format("model.safetensors.index.json", "model*.safetensors", read_header),
     _Format("pytorch_model.bin.index.json", "pytorch_model*.bin", read_torch_file),
 )

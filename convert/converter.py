@@ -22,6 +22,7 @@ from convert.check import CHECK_TEXTS, LIMIT_TEXTS, check_computation, check_voc
 from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.file_types import DEFAULT, FileType
 from convert.gguf_writer import TensorEntry, header_bytes, padded
+from convert.lora import merged, open_adapter
 from convert.output import check_output, flush, translated, whole_file
 from convert.pipeline import PlacedTensor, write_tensors
 from convert.reading import reading_vocabulary
@@ -29,7 +30,7 @@ from convert.stored import stored
 from convert.tensors import TensorPlan, plan_tensors
 from convert.tokenizer import Vocabulary
 from models.errors import CheckpointError
-from models.families import ModelFamily, family_of
+from models.families import ModelFamily, Tensors, family_of
 from models.hparams import Hparams
 
 _WAIT_SECONDS = 0.1
@@ -104,18 +105,19 @@ def convert_checkpoint(
     check: bool = True,
     threads: int | None = None,
     ignored_fields: Collection[str] = (),
+    adapter: Path | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> ConversionReport:
     """Convert the checkpoint directory `source` to the GGUF file `output`, which appears whole or not at all.
 
-    `ignored_fields` of config.json may have any value. Raises the errors of `plan_conversion`, TensorError,
-    OutputError, ConversionFailed, CheckFailed.
+    `ignored_fields` of config.json may have any value; a LoRA `adapter` is folded in. Raises the errors of
+    `plan_conversion`, TensorError, OutputError, ConversionFailed, CheckFailed.
     """
     started = time.monotonic()
     threads = threads or available_cores()
     check_output(output, 0, force=force)
     progress("planning", 0, 1)
-    model = _open_model(source, ignored_fields)
+    model = _open_model(source, ignored_fields, adapter)
     # The process that reads the tokenizer ends first, so that nothing waits for it when something else went wrong.
     with ThreadPoolExecutor(1) as beside, reading_vocabulary(source, model.n_vocab, _TEXTS) as vocabulary:
         tensors = _place(model, file_type)
@@ -156,13 +158,17 @@ def convert_checkpoint(
 
 
 def plan_conversion(
-    source: Path, file_type: FileType = DEFAULT, *, ignored_fields: Collection[str] = ()
+    source: Path,
+    file_type: FileType = DEFAULT,
+    *,
+    ignored_fields: Collection[str] = (),
+    adapter: Path | None = None,
 ) -> ConversionPlan:
     """Read configs, headers and tokenizer; let llama.cpp choose the types and look the model over.
 
     Raises CheckpointError, UnsupportedError, TensorError, TokenizerError, ConversionFailed.
     """
-    model = _open_model(source, ignored_fields)
+    model = _open_model(source, ignored_fields, adapter)
     with reading_vocabulary(source, model.n_vocab, _TEXTS) as vocabulary:
         return _finish(model, file_type, _place(model, file_type), vocabulary())
 
@@ -182,13 +188,15 @@ class _Model:
         return self.hparams.integer("vocab_size")
 
 
-def _open_model(source: Path, ignored_fields: Collection[str]) -> _Model:
+def _open_model(source: Path, ignored_fields: Collection[str], adapter: Path | None) -> _Model:
     checkpoint = open_checkpoint(source)
     family = family_of(checkpoint.architecture, checkpoint.config)
     hparams = family.hparams(checkpoint.config)
     hparams.refuse_quantized()
     hparams.require(family.requires)
-    tensors = {name: stored(info) for name, info in checkpoint.tensors.items()}
+    tensors: Tensors = {name: stored(info) for name, info in checkpoint.tensors.items()}
+    if adapter is not None:
+        tensors = merged(tensors, open_adapter(adapter))
     return _Model(checkpoint, family, hparams, plan_tensors(tensors, family, hparams), frozenset(ignored_fields))
 
 

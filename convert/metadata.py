@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -49,7 +50,7 @@ def build_metadata(
     # Only collects: a writer without a path writes nothing.
     writer = gguf.GGUFWriter(path=None, arch=family.gguf_arch)
     writer.add_type(gguf.GGUFType.MODEL)
-    _add_general(writer, checkpoint, n_parameters)
+    add_general(writer, checkpoint.path, n_parameters)
     _add_hparams(writer, family, hparams)
     if vocabulary is None:
         writer.add_tokenizer_model("no_vocab")
@@ -63,18 +64,19 @@ def build_metadata(
     return keys
 
 
-def _add_general(writer: gguf.GGUFWriter, checkpoint: Checkpoint, n_parameters: int) -> None:
+def add_general(writer: gguf.GGUFWriter, path: Path, n_parameters: int) -> None:
     """Name, licence, languages and recommended sampling, out of the model card and generation_config.json."""
     # gguf tells on its logger what it makes of the names; none of it is for the person who converts
     logging.getLogger("metadata").setLevel(logging.CRITICAL)
     try:
-        metadata = gguf.Metadata.load(None, checkpoint.path, None, n_parameters)
+        metadata = gguf.Metadata.load(None, path, None, n_parameters)
     except (yaml.YAMLError, RecursionError, UnicodeDecodeError, TypeError, AttributeError, ValueError, KeyError):
         # A model card is prose with a header; a broken one costs the names, not the conversion.
         metadata = gguf.Metadata()
-    metadata.name = str(metadata.name or checkpoint.path.resolve().name)
-    metadata.size_label = metadata.size_label or gguf.size_label(n_parameters, n_parameters, 0, 0)
-    generation = read_json(checkpoint.path / "generation_config.json") or {}
+    metadata.name = str(metadata.name or path.resolve().name)
+    if n_parameters:
+        metadata.size_label = metadata.size_label or gguf.size_label(n_parameters, n_parameters, 0, 0)
+    generation = read_json(path / "generation_config.json") or {}
     penalty = generation.get("penalty_repeat", generation.get("repetition_penalty"))
     metadata.sampling_penalty_repeat = penalty
     for name, value in list(vars(metadata).items()):

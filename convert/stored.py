@@ -8,9 +8,11 @@ from io import FileIO
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.checkpoint import ITEM_BYTES, TensorInfo
+from convert.checkpoint import ITEM_BYTES
 from convert.quantize import decode_rows
-from models.errors import TensorError
+from convert.tensor_info import DTYPE_BYTES, TensorInfo
+from models.errors import TensorError, UnsupportedError
+from models.text import printable
 from models.weights import Index, Weights
 
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -19,12 +21,29 @@ _SPAN = 2
 
 
 def stored(info: TensorInfo) -> Weights:
-    """A tensor of a shard. Reading raises TensorError if the shard is gone or cut short."""
+    """A tensor of a shard. Reading raises TensorError if the shard is gone or cut short.
+
+    Planning refuses a dtype that is not converted, but not behind arithmetic: there reading does, by UnsupportedError.
+    """
 
     def read(rows: Index, columns: slice) -> NDArray[np.float32]:
+        if info.dtype not in ITEM_BYTES:
+            raise _unconverted(info.name, info.path.name, info.dtype)
         return decode_rows(raw_rows(info, rows, columns), info.dtype)
 
     return Weights(info.shape, info.dtype, info.name, info.path.name, read)
+
+
+def check_readable(weights: Weights) -> None:
+    """Raises UnsupportedError or TensorError for a tensor that is needed and of a type or shape that no file has."""
+    if weights.dtype not in (None, *ITEM_BYTES):
+        raise _unconverted(weights.name, weights.file, str(weights.dtype))
+    if not 1 <= len(weights.shape) <= 4 or 0 in weights.shape:
+        raise TensorError(
+            f"tensor {printable(weights.name)!r} in {weights.file} has the shape {list(weights.shape)}, "
+            "one to four sizes above 0 are converted",
+            tensor=weights.name,
+        )
 
 
 def raw_rows(info: TensorInfo, rows: Index, columns: slice) -> NDArray[np.unsignedinteger]:
@@ -33,7 +52,7 @@ def raw_rows(info: TensorInfo, rows: Index, columns: slice) -> NDArray[np.unsign
         return _apart(info, info.strides, rows, columns)
     width = columns.stop - columns.start
     row_length = info.shape[-1] if len(info.shape) > 1 else 1
-    raw = np.empty((len(rows), width), _UNSIGNED[ITEM_BYTES[info.dtype]])
+    raw = np.empty((len(rows), width), _UNSIGNED[DTYPE_BYTES[info.dtype]])
     try:
         # Opening costs microseconds, and a checkpoint may have more shards than a process may have open files.
         with info.path.open("rb", buffering=0) as file:
@@ -68,7 +87,7 @@ def _apart(info: TensorInfo, strides: tuple[int, ...], rows: Index, columns: sli
     firsts = np.array(strides[:outer]) @ np.array(np.unravel_index(rows, info.shape[:outer]))
     inner = strides[-1] if len(strides) > 1 else 0
     places = firsts[:, None] + inner * np.arange(columns.start, columns.stop)
-    dtype = _UNSIGNED[ITEM_BYTES[info.dtype]]
+    dtype = _UNSIGNED[DTYPE_BYTES[info.dtype]]
     try:
         pages = np.memmap(info.path, dtype, "r", info.offset, (int(places.max()) + 1,))
     except OSError as error:
@@ -89,3 +108,11 @@ def _runs(rows: Index) -> Iterator[tuple[int, int]]:
     for end in ends:
         yield begin, end
         begin = end
+
+
+def _unconverted(name: str, file: str, dtype: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"tensor {printable(name)!r} in {file} is {dtype}; BF16, F16 and F32 are converted",
+        hint="Convert the original bf16, f16 or f32 checkpoint.",
+        tensor=name,
+    )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import gguf
 
 from convert.rope_factors import rope_tensors
+from convert.stored import check_readable
 from models.errors import TensorError, UnsupportedError
 from models.families import ModelFamily
 from models.families.passes import stack_experts, without_other_parts
@@ -69,24 +70,39 @@ def plan_tensors(tensors: Mapping[str, Weights], family: ModelFamily, hparams: H
     kept = {name: weights for name, weights in tensors.items() if not name.endswith(_IGNORED_SUFFIXES)}
     kept = dict(without_other_parts(kept, hparams))
     for weights in kept.values():
-        if not weights.shape or 0 in weights.shape:
+        if not weights.shape or 0 in weights.shape:  # no pass expects one
             raise _without_place(weights, family, n_blocks)
     for step in (*family.passes, stack_experts):
         kept = dict(step(kept, hparams))
-    names = gguf.get_tensor_name_map(_architecture(family), n_blocks)
+    gguf_name = gguf_names(family, hparams)
     plans: dict[str, TensorPlan] = {}
     for hf_name, weights in {**rope_tensors(hparams), **kept}.items():
-        name = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
-        if name is None:
-            raise _without_place(weights, family, n_blocks)
+        name = gguf_name(hf_name, weights)
         if name in plans:
             raise TensorError(f"tensor {printable(weights.name)!r} is there twice, as {name}", tensor=weights.name)
-        _check_readable(weights)
+        check_readable(weights)
         keep_f32 = len(weights.shape) < 2 or not name.endswith(".weight") or bool(_KEPT_F32.fullmatch(name))
         plans[name] = TensorPlan(name, weights, keep_f32)
     _check_ends(plans, hparams)
     _check_biases(plans)
     return list(plans.values())
+
+
+def gguf_names(family: ModelFamily, hparams: Hparams) -> Callable[[str, Weights], str]:
+    """From a name of the checkpoint, after the family's passes, to GGUF's.
+
+    The function raises TensorError for a tensor that has no place in the architecture.
+    """
+    n_blocks = family.n_blocks(hparams)
+    names = gguf.get_tensor_name_map(_architecture(family), n_blocks)
+
+    def gguf_name(name: str, weights: Weights) -> str:
+        found: str | None = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if found is None:
+            raise _without_place(weights, family, n_blocks)
+        return found
+
+    return gguf_name
 
 
 def _without_place(weights: Weights, family: ModelFamily, n_blocks: int) -> TensorError:
@@ -107,22 +123,6 @@ def _architecture(family: ModelFamily) -> Any:
         hint="Install a newer one: pip install --upgrade gguf",
         architecture=family.gguf_arch,
     )
-
-
-def _check_readable(weights: Weights) -> None:
-    if weights.dtype not in (None, "F32", "F16", "BF16"):
-        raise UnsupportedError(
-            f"tensor {printable(weights.name)!r} in {weights.file} is {weights.dtype}; "
-            "BF16, F16 and F32 are converted",
-            hint="Convert the original bf16, f16 or f32 checkpoint.",
-            tensor=weights.name,
-        )
-    if len(weights.shape) > 4:
-        raise TensorError(
-            f"tensor {printable(weights.name)!r} in {weights.file} has {len(weights.shape)} dimensions, a GGUF file's "
-            "have four at most",
-            tensor=weights.name,
-        )
 
 
 def _check_ends(plans: Mapping[str, TensorPlan], hparams: Hparams) -> None:

@@ -17,7 +17,8 @@ import pytest
 from scripts.build_peer import CONVERTER, QUANTIZER, peer_folder
 from scripts.environment import ROOT
 
-__all__ = ["converter_command", "missing_peer", "need_peer", "peer_convert", "peer_quantize", "quantizer_command"]
+__all__ = ["converter_command", "missing_peer", "need_peer", "peer_convert", "peer_lora", "peer_quantize"]
+__all__ += ["quantizer_command"]
 
 
 def missing_peer() -> str:
@@ -41,6 +42,12 @@ def need_peer() -> None:
 def peer_convert(checkpoint: Path, output: Path, outtype: str = "auto") -> None:
     """Convert with convert_hf_to_gguf.py."""
     _run(converter_command(checkpoint, output, outtype))
+
+
+def peer_lora(adapter: Path, base: Path, output: Path) -> None:
+    """Convert a LoRA adapter with convert_lora_to_gguf.py."""
+    script = (peer_folder() / CONVERTER).with_name("convert_lora_to_gguf.py")
+    _run([str(_python()), str(script), str(adapter), "--base", str(base), "--outfile", str(output)])
 
 
 def peer_quantize(source: Path, output: Path, type: str) -> None:

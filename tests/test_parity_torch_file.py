@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from convert.checkpoint import open_checkpoint
+from convert.converter import convert_checkpoint
+from convert.file_types import file_type
 from convert.torch_file import read_torch_file
 from models.errors import CheckpointError
+from tests.checkpoints import starter_checkpoint, write_json
+from tests.peer import need_peer, peer_convert
 from tests.torch_files import (
     VALID,
     values,
@@ -126,3 +133,36 @@ def test_our_own_files_are_such_that_torch_reads_them(tmp_path: Path) -> None:
         assert list(found) == list(loaded), form
         for name, value in loaded.items():
             np.testing.assert_array_equal(found[name], bits(value))
+
+
+def test_the_converter_of_llama_cpp_makes_the_same_of_them(tmp_path: Path, starter_model: Path) -> None:
+    """It stops at the older form, so that its file of the newer one serves for both."""
+    import torch
+
+    need_peer()
+    folder = starter_checkpoint(tmp_path / "model", starter_model, blocks=2, shards=2)
+    listed = open_checkpoint(folder).tensors.values()
+    shards: dict[str, OrderedDict[str, Any]] = {}
+    for info in listed:
+        tensor = torch.from_numpy(values(info).copy()).view(torch.bfloat16)
+        if info.name.endswith("q_proj.weight"):
+            tensor = tensor.t().contiguous().t()
+        shards.setdefault(f"pytorch_{info.path.stem}.bin", OrderedDict())[info.name] = tensor
+    for path in folder.glob("model*.safetensors*"):
+        path.unlink()
+    weight_map = {name: shard for shard, tensors in shards.items() for name in tensors}
+    write_json(folder / "pytorch_model.bin.index.json", {"metadata": {}, "weight_map": weight_map})
+    for legacy in (True, False):
+        for name, tensors in shards.items():
+            saved(folder / name, tensors, legacy)
+        convert_checkpoint(folder, tmp_path / f"ours-{legacy}.gguf", file_type("BF16"), check=False)
+    peer_convert(folder, tmp_path / "theirs.gguf", "bf16")
+    assert (tmp_path / "ours-True.gguf").read_bytes() == (tmp_path / "ours-False.gguf").read_bytes()
+    ours, theirs = (
+        {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / name).tensors}
+        for name in ("ours-True.gguf", "theirs.gguf")
+    )
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.tensor_type == theirs[name].tensor_type
+        np.testing.assert_array_equal(tensor.data, theirs[name].data)
