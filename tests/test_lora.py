@@ -13,16 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from convert.checkpoint import read_header
 from convert.converter import convert_checkpoint
 from convert.file_types import file_type
 from convert.lora import open_adapter
 from convert.quantize import F32
+from convert.tensor_info import DTYPE_BYTES
 from models.errors import CheckpointError, TensorError, UnsupportedError
 from models.gguf_file import read_gguf
 from models.native import forward_pass
 from runner.cli.main import main
 from tests.adapters import write_adapter
 from tests.checkpoints import (
+    edit_header,
     edit_json,
     message_of,
     tiny_checkpoint,
@@ -33,6 +36,7 @@ from tests.checkpoints import (
     write_shards,
 )
 from tests.peer import need_peer, peer_lora
+from tests.torch_files import values, write_torch_file
 
 IDS = [1, 17, 93, 208, 44, 5]
 SHAPES = {
@@ -89,6 +93,20 @@ def test_alpha_of_one_module(base: Path, adapter: Path) -> None:
     assert deltas["model.layers.0.self_attn.v_proj.weight"].scale == 4
 
 
+def test_an_adapter_in_the_form_of_pytorch(adapter: Path) -> None:
+    def products() -> dict[str, Any]:
+        return {name: delta.b.values() @ delta.a.values() for name, delta in open_adapter(adapter).deltas.items()}
+
+    expected = products()
+    path = adapter / "adapter_model.safetensors"
+    write_torch_file(adapter / "adapter_model.bin", {info.name: values(info) for info in read_header(path)})
+    path.unlink()
+    found = products()
+    assert found.keys() == expected.keys()
+    for name, product in found.items():
+        np.testing.assert_array_equal(product, expected[name])
+
+
 def test_tensors_that_are_replaced_as_a_whole(base: Path, adapter: Path, tmp_path: Path) -> None:
     head = np.full((320, 64), 0.25, np.float32)
     path = adapter / "adapter_model.safetensors"
@@ -134,6 +152,14 @@ def weights(tensors: dict[str, Any]) -> Callable[[Path], None]:
     return lambda adapter: write_safetensors(adapter / "adapter_model.safetensors", tensors)
 
 
+def other_dtype(dtype: str) -> Callable[[Path], None]:
+    def change(header: dict[str, Any]) -> None:
+        entry = next(entry for name, entry in header.items() if "lora_A" in name)
+        entry["dtype"], entry["shape"] = dtype, [entry["shape"][0] * 4 // DTYPE_BYTES[dtype], entry["shape"][1]]
+
+    return lambda adapter: edit_header(adapter / "adapter_model.safetensors", change)
+
+
 BAD: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "dora": (config(use_dora=True), UnsupportedError, "'use_dora' is True"),
     "another kind": (config(peft_type="IA3"), UnsupportedError, "'peft_type' is IA3"),
@@ -145,6 +171,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         CheckpointError,
         "has no adapter",
     ),
+    "of integers": (other_dtype("I32"), UnsupportedError, "is I32; BF16, F16 and F32 are converted"),
     "empty": (weights({}), CheckpointError, "holds no LoRA matrices"),
     "half a pair": (
         weights(dict(list(part("model.layers.0.mlp.up_proj", 128, 64).items())[:1])),
