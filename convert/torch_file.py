@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from convert.tensor_info import DTYPE_BYTES, TensorInfo, contiguous
-from convert.torch_pickle import MAX_BYTES, StorageRef, TensorRef, read_pickle
+from convert.torch_globals import StorageRef, TensorRef
+from convert.torch_pickle import MAX_BYTES, read_pickle
 from convert.torch_zip import ZipEntry, zip_entries
 from models.errors import CheckpointError, TensorError, UnsupportedError
 from models.text import printable

@@ -1,25 +1,24 @@
 """The pickles of PyTorch's files, read as data. Nothing is imported, looked up or called.
 
 A pickle is a program for a small stack machine. Most of its instructions only make numbers, texts and containers; the
-ones that reach further name a global and apply it to arguments. Here a global is a plain value, known from the tables
-below or refused by name, and applying one gives a `TensorRef`: numbers that say where a tensor lies. Instructions that
-state dicts do not hold are refused, too.
+ones that reach further name a global and apply it to arguments. Here a global is a plain value (see torch_globals.py)
+or refused by name, and applying one gives numbers that say where a tensor lies. Instructions that state dicts do not
+hold are refused, too.
 
 Time and memory are bounded by the number of instructions and by the bytes read. No value is walked in depth: a deep or
 shared structure costs what its instructions cost.
 
-Sources: CPython's pickletools.py for the instructions; torch's serialization.py and _utils.py for what is stored.
+Source: CPython's pickletools.py.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
-from typing import BinaryIO, TypeGuard
+from typing import BinaryIO
 
+from convert.torch_globals import GLOBALS, Applied, OrderedDictRef, TensorRef, applied, stored_under
 from models.errors import CheckpointError, UnsupportedError
 from models.text import printable
 
@@ -29,90 +28,9 @@ MAX_INSTRUCTIONS = 4_000_000
 MAX_MEMO = 1 << 20
 MAX_DEPTH = 100_000
 MAX_TENSORS = 65_536
-MAX_DIMENSIONS = 8
 _MAX_LINE = 200
 _MAX_INTEGER_BYTES = 16
 _HIGHEST_PROTOCOL = 5
-
-
-class Applied(Enum):
-    """The functions and classes that may be applied to arguments."""
-
-    TENSOR = "torch._utils._rebuild_tensor"
-    TENSOR_V2 = "torch._utils._rebuild_tensor_v2"
-    TENSOR_V3 = "torch._utils._rebuild_tensor_v3"
-    PARAMETER = "torch._utils._rebuild_parameter"
-    ORDERED_DICT = "collections.OrderedDict"
-
-
-@dataclass(frozen=True)
-class StorageType:
-    """A class of storages; one of dtype None counts bytes."""
-
-    dtype: str | None
-
-
-@dataclass(frozen=True)
-class DtypeRef:
-    dtype: str
-
-
-Global = Applied | StorageType | DtypeRef
-
-_STORAGES = {
-    "BFloat16Storage": "BF16",
-    "HalfStorage": "F16",
-    "FloatStorage": "F32",
-    "DoubleStorage": "F64",
-    "BoolStorage": "BOOL",
-    "ByteStorage": "U8",
-    "CharStorage": "I8",
-    "ShortStorage": "I16",
-    "IntStorage": "I32",
-    "LongStorage": "I64",
-}
-# Dtypes without a storage class of their own are stored as bytes, and named beside them (torch.storage._new_dtypes).
-_DTYPES = {
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "float8_e8m0fnu": "F8_E8M0",
-    "uint16": "U16",
-    "uint32": "U32",
-    "uint64": "U64",
-}
-GLOBALS: dict[str, Global] = {
-    **{function.value: function for function in Applied},
-    **{f"torch.{name}": StorageType(dtype) for name, dtype in _STORAGES.items()},
-    "torch.storage.UntypedStorage": StorageType(None),
-    **{f"torch.{name}": DtypeRef(dtype) for name, dtype in _DTYPES.items()},
-}
-"""All that a pickle may name."""
-
-
-@dataclass(frozen=True)
-class StorageRef:
-    """A run of `n_items` elements (bytes where `dtype` is None) that lies elsewhere in the file, under `key`."""
-
-    key: str
-    dtype: str | None
-    n_items: int
-
-
-@dataclass(frozen=True)
-class TensorRef:
-    """A view of a storage as its pickle has it: `offset` and `strides` in elements. Not yet checked against it."""
-
-    storage: StorageRef
-    dtype: str
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-class _OrderedDict(dict[str, object]):
-    """What `collections.OrderedDict` made: the one value that instructions may give attributes, which are dropped."""
-
-    __slots__ = ()
 
 
 _MARK = object()
@@ -251,56 +169,27 @@ class _Machine:
         self.push(found)
 
     def persistent(self) -> None:
-        match self.pop():
-            case ("storage", StorageType(dtype), str(key), str(), n_items) | (
-                "storage", StorageType(dtype), str(key), str(), n_items, None,
-            ) if _natural(n_items):  # fmt: skip
-                self.push(StorageRef(key, dtype, n_items))
-            case _:
-                raise self.refused("a persistent id that is not of a storage")
+        storage = stored_under(self.pop())
+        if storage is None:
+            raise self.refused("a persistent id that is not of a storage")
+        self.push(storage)
 
     def apply(self) -> None:
         arguments, function = self.pop(), self.pop()
         if not isinstance(function, Applied):
             raise self.refused(f"the application of {_kind(function)}")
-        made = self._applied(function, arguments)
+        made = applied(function, arguments)
         if made is None:
             raise self.refused(f"arguments that {function.value} does not take")
-        self.push(made)
-
-    def _applied(self, function: Applied, arguments: object) -> object | None:
-        match function, arguments:
-            case Applied.ORDERED_DICT, ():
-                return _OrderedDict()
-            case Applied.PARAMETER, (TensorRef() as tensor, bool(), dict()):
-                return tensor
-            case Applied.TENSOR, (StorageRef() as storage, offset, shape, strides):
-                return self._tensor(storage, storage.dtype, offset, shape, strides)
-            case Applied.TENSOR_V2, (StorageRef() as storage, offset, shape, strides, bool(), dict(), *rest):
-                return self._tensor(storage, storage.dtype, offset, shape, strides) if _plain(rest) else None
-            case (
-                Applied.TENSOR_V3,
-                (StorageRef(_, None, _) as storage, offset, shape, strides, bool(), dict(), DtypeRef(dtype), *rest),
-            ):
-                return self._tensor(storage, dtype, offset, shape, strides) if _plain(rest) else None
-        return None
-
-    def _tensor(
-        self, storage: StorageRef, dtype: str | None, offset: object, shape: object, strides: object
-    ) -> TensorRef | None:
-        self._tensors_left -= 1
+        self._tensors_left -= isinstance(made, TensorRef)
         if self._tensors_left < 0:
             raise self.broken(f"it has more than {MAX_TENSORS:,} tensors")
-        if dtype is None or not _natural(offset) or not _sizes(shape) or not _sizes(strides):
-            return None
-        if len(shape) != len(strides):
-            return None
-        return TensorRef(storage, dtype, offset, shape, strides)
+        self.push(made)
 
     def build(self) -> None:
         """Attributes of an object. A state dict has `_metadata`, versions of its modules, which no weight needs."""
         state = self.pop()
-        if not isinstance(state, dict) or not self._stack or not isinstance(self._stack[-1], _OrderedDict):
+        if not isinstance(state, dict) or not self._stack or not isinstance(self._stack[-1], OrderedDictRef):
             raise self.refused("attributes of what is no OrderedDict")
 
     # Errors
@@ -318,19 +207,6 @@ class _Machine:
             hint="No code in it was run. Take the repository's safetensors, or save its state dict alone.",
             path=self._path,
         )
-
-
-def _natural(value: object) -> TypeGuard[int]:
-    return type(value) is int and 0 <= value < 2**62
-
-
-def _sizes(value: object) -> TypeGuard[tuple[int, ...]]:
-    return isinstance(value, tuple) and len(value) <= MAX_DIMENSIONS and all(map(_natural, value))
-
-
-def _plain(metadata: list[object]) -> bool:
-    """Whether the last argument, which marks tensors that are negated or conjugated on reading, is absent or empty."""
-    return not metadata or (len(metadata) == 1 and (metadata[0] is None or metadata[0] == {}))
 
 
 def _kind(value: object) -> str:

@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convert.torch_pickle import GLOBALS
+from convert.torch_globals import GLOBALS
 from tests.torch_files import (
     DATA,
     TENSOR,

@@ -230,4 +230,4 @@ def end_well_or_by_name(tmp_path: Path, data: bytes) -> None:
     assert message_of(check).isprintable()
 
 
-thorough = settings(quick, max_examples=400)
+thorough = settings(quick, max_examples=200)
