@@ -265,7 +265,7 @@ def _in_order(
 def _carrier(checkpoint: Checkpoint) -> quantize.TensorType:
     """What llama.cpp's converter would store matrices in: the type of the first that is BF16 or F16, else F32."""
     for tensor in checkpoint.tensors.values():
-        if len(tensor.shape) > 1 and tensor.dtype != "F32":
+        if len(tensor.shape) > 1 and tensor.dtype in ("BF16", "F16"):
             return quantize.tensor_type(tensor.dtype)
     return quantize.F32
 

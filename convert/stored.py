@@ -8,8 +8,8 @@ from io import FileIO
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.checkpoint import ITEM_BYTES, TensorInfo
 from convert.quantize import decode_rows
+from convert.tensor_info import DTYPE_BYTES, TensorInfo
 from models.errors import TensorError
 from models.weights import Index, Weights
 
@@ -29,9 +29,11 @@ def stored(info: TensorInfo) -> Weights:
 
 def raw_rows(info: TensorInfo, rows: Index, columns: slice) -> NDArray[np.unsignedinteger]:
     """Rows of a tensor as unsigned integers of its item size, [rows, columns]. Raises TensorError."""
+    if info.strides is not None:
+        return _apart(info, info.strides, rows, columns)
     width = columns.stop - columns.start
     row_length = info.shape[-1] if len(info.shape) > 1 else 1
-    raw = np.empty((len(rows), width), _UNSIGNED[ITEM_BYTES[info.dtype]])
+    raw = np.empty((len(rows), width), _UNSIGNED[DTYPE_BYTES[info.dtype]])
     try:
         # Opening costs microseconds, and a checkpoint may have more shards than a process may have open files.
         with info.path.open("rb", buffering=0) as file:
@@ -58,6 +60,22 @@ def _fill(file: FileIO, info: TensorInfo, array: NDArray[np.unsignedinteger], fi
         rest = rest[n:]
     if rest:
         raise TensorError(f"{info.path} was cut short while it was read", tensor=info.name)
+
+
+def _apart(info: TensorInfo, strides: tuple[int, ...], rows: Index, columns: slice) -> NDArray[np.unsignedinteger]:
+    """The same of a view whose elements do not lie one after the other, through the pages of the file."""
+    outer = max(1, len(info.shape) - 1)
+    firsts = np.array(strides[:outer]) @ np.array(np.unravel_index(rows, info.shape[:outer]))
+    inner = strides[-1] if len(strides) > 1 else 0
+    places = firsts[:, None] + inner * np.arange(columns.start, columns.stop)
+    dtype = _UNSIGNED[DTYPE_BYTES[info.dtype]]
+    try:
+        pages = np.memmap(info.path, dtype, "r", info.offset, (int(places.max()) + 1,))
+    except OSError as error:
+        raise TensorError(f"cannot read {info.path}: {error.strerror}", tensor=info.name) from error
+    except ValueError as error:
+        raise TensorError(f"{info.path} was cut short while it was read", tensor=info.name) from error
+    return np.asarray(pages[places])
 
 
 def _rising(rows: Index) -> bool:

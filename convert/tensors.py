@@ -67,10 +67,11 @@ def plan_tensors(tensors: Mapping[str, Weights], family: ModelFamily, hparams: H
             hint="A shard is missing, or the config does not belong to these weights.",
         )
     kept = {name: weights for name, weights in tensors.items() if not name.endswith(_IGNORED_SUFFIXES)}
+    kept = dict(without_other_parts(kept, hparams))
     for weights in kept.values():
-        if not weights.shape:
+        if not weights.shape or 0 in weights.shape:
             raise _without_place(weights, family, n_blocks)
-    for step in (without_other_parts, *family.passes, stack_experts):
+    for step in (*family.passes, stack_experts):
         kept = dict(step(kept, hparams))
     gguf_name = gguf_names(family, hparams)
     plans: dict[str, TensorPlan] = {}
@@ -129,6 +130,12 @@ def _check_readable(weights: Weights) -> None:
             f"tensor {printable(weights.name)!r} in {weights.file} is {weights.dtype}; "
             "BF16, F16 and F32 are converted",
             hint="Convert the original bf16, f16 or f32 checkpoint.",
+            tensor=weights.name,
+        )
+    if len(weights.shape) > 4:
+        raise TensorError(
+            f"tensor {printable(weights.name)!r} in {weights.file} has {len(weights.shape)} dimensions, a GGUF file's "
+            "have four at most",
             tensor=weights.name,
         )
 

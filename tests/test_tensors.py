@@ -11,7 +11,7 @@ import pytest
 from convert.checkpoint import TensorInfo
 from convert.stored import stored
 from convert.tensors import TensorPlan, plan_tensors
-from models.errors import CheckpointError, TensorError
+from models.errors import CheckpointError, TensorError, UnsupportedError
 from models.families import family_of
 from tests.checkpoints import tiny_config, tiny_tensors
 
@@ -148,9 +148,32 @@ def test_rows_that_the_heads_do_not_divide() -> None:
 
 
 @pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.weight", "model.norm.weight", "lm_head.weight"])
-def test_a_tensor_without_dimensions_has_no_place(name: str) -> None:
+@pytest.mark.parametrize("shape", [(), (0, 64), (320, 0)], ids=str)
+def test_a_tensor_without_dimensions_or_elements_has_no_place(name: str, shape: tuple[int, ...]) -> None:
     with pytest.raises(TensorError, match=f"'{name}' in s has no place"):
-        plan(change={name: ()})
+        plan(change={name: shape})
+
+
+def test_a_tensor_of_five_dimensions() -> None:
+    with pytest.raises(TensorError, match=r"'lm_head\.weight' in s has 5 dimensions"):
+        plan(change={"lm_head.weight": (1, 1, 1, 320, 64)})
+
+
+def test_a_dtype_that_is_not_converted() -> None:
+    config = tiny_config()
+    shapes = {name: array.shape for name, array in tiny_tensors(config).items()}
+    family = family_of("LlamaForCausalLM")
+    for name, ends_well in (("model.norm.weight", False), ("model.layers.0.self_attn.rotary_emb.inv_freq", True)):
+        dtypes = dict.fromkeys(shapes, "BF16") | {name: "F64"}
+        tensors = {
+            name: stored(TensorInfo(name, dtype, shapes.get(name, (8,)), Path("s"), 0, 0))
+            for name, dtype in dtypes.items()
+        }
+        if ends_well:
+            assert plan_tensors(tensors, family, family.hparams(config))
+        else:
+            with pytest.raises(UnsupportedError, match=rf"'{name}' in s is F64; BF16, F16 and F32 are converted"):
+                plan_tensors(tensors, family, family.hparams(config))
 
 
 def test_a_bias_that_one_block_lost() -> None:
