@@ -1,6 +1,6 @@
 """LoRA adapters in PEFT form: what a fine-tune adds to the matrices of a checkpoint, as two thin matrices each.
 
-Format: peft, `adapter_config.json` beside `adapter_model.safetensors`; W' = W + scale * B @ A.
+Format: peft, `adapter_config.json` beside `adapter_model.safetensors` (or `.bin`); W' = W + scale * B @ A.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from convert.checkpoint import read_header, read_json
 from convert.stored import stored
+from convert.torch_file import read_torch_file
 from models.errors import CheckpointError, TensorError, UnsupportedError
 from models.families import Tensors
 from models.rope import number_of
@@ -24,7 +25,7 @@ from models.text import printable
 from models.weights import Index, Weights
 
 _CONFIG = "adapter_config.json"
-_WEIGHTS = "adapter_model.safetensors"
+_WEIGHTS = {"adapter_model.safetensors": read_header, "adapter_model.bin": read_torch_file}
 _PART = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+)\.(?:lora_(?P<part>[AB])(?:\.[^.]+)?\.weight|lora_embedding_(?P<table>[AB])(?:\.[^.]+)?)"
 )
@@ -101,12 +102,13 @@ def open_adapter(path: Path) -> Adapter:
                 hint="Merge it with peft (merge_and_unload), and convert the merged checkpoint.",
                 field=name,
             )
-    if not (path / _WEIGHTS).is_file():
-        raise CheckpointError(f"{path} has no {_WEIGHTS}", hint="Fetch the adapter again.", path=path)
+    file = next((name for name in _WEIGHTS if (path / name).is_file()), None)
+    if file is None:
+        raise CheckpointError(f"{path} has no {' or '.join(_WEIGHTS)}", hint="Fetch the adapter again.", path=path)
     parts: dict[str, dict[str, Weights]] = {}
     tables: set[str] = set()
     replaced: dict[str, Weights] = {}
-    for info in read_header(path / _WEIGHTS):
+    for info in _WEIGHTS[file](path / file):
         weights = stored(info)
         if match := _PART.fullmatch(info.name):
             name = f"{match['module']}.weight"
@@ -118,7 +120,7 @@ def open_adapter(path: Path) -> Adapter:
         else:
             raise UnsupportedError(f"tensor {printable(info.name)!r} in {info.path.name} is no part of a plain LoRA")
     if not parts:
-        raise CheckpointError(f"{path / _WEIGHTS} holds no LoRA matrices", path=path)
+        raise CheckpointError(f"{path / file} holds no LoRA matrices", path=path)
     deltas = {name: _delta(name, pair, config, table=name in tables) for name, pair in parts.items()}
     return Adapter(path, config, deltas, replaced)
 

@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from convert.checkpoint import read_header
 from convert.converter import convert_checkpoint
 from convert.file_types import file_type
 from convert.lora import open_adapter
 from convert.quantize import F32
+from convert.stored import stored
 from models.errors import CheckpointError, TensorError, UnsupportedError
 from models.gguf_file import read_gguf
 from models.native import forward_pass
@@ -226,6 +228,18 @@ def test_equals_the_converter_of_llama_cpp(base: Path, adapter: Path, tmp_path: 
     assert main(["convert", str(adapter), "--base", str(base), "-o", str(ours), "-q"]) == 0
     peer_lora(adapter, base, theirs)
     assert contents(ours) == contents(theirs)
+
+
+@pytest.mark.parity
+def test_an_adapter_that_torch_saved(base: Path, adapter: Path, tmp_path: Path) -> None:
+    import torch
+
+    expected = logits(base, tmp_path / "folded.gguf", adapter=adapter)
+    path = adapter / "adapter_model.safetensors"
+    tensors = {info.name: torch.from_numpy(stored(info).values()) for info in read_header(path)}
+    path.unlink()
+    torch.save(tensors, adapter / "adapter_model.bin")
+    np.testing.assert_array_equal(logits(base, tmp_path / "again.gguf", adapter=adapter), expected)
 
 
 def contents(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
