@@ -1,6 +1,6 @@
 """How long a conversion takes, and how much memory, beside llama.cpp's own two steps.
 
-    python -m benchmarks.convert [--case qwen2|llama|experts] [--rounds N] [--folder FOLDER]     (make bench runs all cases)
+    python -m benchmarks.convert [--case qwen2|llama|experts] [--rounds N] [--folder FOLDER]
 
 Both sides read the same checkpoint from a warm cache, in turns, in one run; what is compared is the medians. Memory is
 the peak of the private memory (RssAnon) of a side's processes taken together, sampled fifty times a second, so Linux
