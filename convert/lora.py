@@ -1,6 +1,6 @@
 """LoRA adapters in PEFT form: what a fine-tune adds to the matrices of a checkpoint, as two thin matrices each.
 
-Format: peft, `adapter_config.json` beside `adapter_model.safetensors` (once `.bin`); W' = W + scale * B @ A.
+Format: peft, `adapter_config.json` beside `adapter_model.safetensors` (or `.bin`); W' = W + scale * B @ A.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from convert.checkpoint import read_header, read_json
 from convert.stored import check_readable, stored
-from convert.tensor_info import TensorInfo
 from convert.torch_file import read_torch_file
 from models.errors import CheckpointError, TensorError, UnsupportedError
 from models.families import Tensors
@@ -103,10 +102,13 @@ def open_adapter(path: Path) -> Adapter:
                 hint="Merge it with peft (merge_and_unload), and convert the merged checkpoint.",
                 field=name,
             )
+    file = next((name for name in _WEIGHTS if (path / name).is_file()), None)
+    if file is None:
+        raise CheckpointError(f"{path} has no {' or '.join(_WEIGHTS)}", hint="Fetch the adapter again.", path=path)
     parts: dict[str, dict[str, Weights]] = {}
     tables: set[str] = set()
     replaced: dict[str, Weights] = {}
-    for info in _read_weights(path):
+    for info in _WEIGHTS[file](path / file):
         weights = stored(info)
         check_readable(weights)
         if match := _PART.fullmatch(info.name):
@@ -119,16 +121,9 @@ def open_adapter(path: Path) -> Adapter:
         else:
             raise UnsupportedError(f"tensor {printable(info.name)!r} in {info.path.name} is no part of a plain LoRA")
     if not parts:
-        raise CheckpointError(f"the adapter in {path} holds no LoRA matrices", path=path)
+        raise CheckpointError(f"{path / file} holds no LoRA matrices", path=path)
     deltas = {name: _delta(name, pair, config, table=name in tables) for name, pair in parts.items()}
     return Adapter(path, config, deltas, replaced)
-
-
-def _read_weights(path: Path) -> list[TensorInfo]:
-    for name, read in _WEIGHTS.items():
-        if (path / name).is_file():
-            return read(path / name)
-    raise CheckpointError(f"{path} has no {' or '.join(_WEIGHTS)}", hint="Fetch the adapter again.", path=path)
 
 
 def merged(tensors: Tensors, adapter: Adapter) -> Tensors:

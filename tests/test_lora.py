@@ -18,6 +18,7 @@ from convert.converter import convert_checkpoint
 from convert.file_types import file_type
 from convert.lora import open_adapter
 from convert.quantize import F32
+from convert.stored import stored
 from convert.tensor_info import DTYPE_BYTES
 from models.errors import CheckpointError, TensorError, UnsupportedError
 from models.gguf_file import read_gguf
@@ -36,7 +37,6 @@ from tests.checkpoints import (
     write_shards,
 )
 from tests.peer import need_peer, peer_lora
-from tests.torch_files import values, write_torch_file
 
 IDS = [1, 17, 93, 208, 44, 5]
 SHAPES = {
@@ -91,20 +91,6 @@ def test_alpha_of_one_module(base: Path, adapter: Path) -> None:
     deltas = open_adapter(adapter).deltas
     assert deltas["model.layers.0.self_attn.q_proj.weight"].scale == 8
     assert deltas["model.layers.0.self_attn.v_proj.weight"].scale == 4
-
-
-def test_an_adapter_in_the_form_of_pytorch(adapter: Path) -> None:
-    def products() -> dict[str, Any]:
-        return {name: delta.b.values() @ delta.a.values() for name, delta in open_adapter(adapter).deltas.items()}
-
-    expected = products()
-    path = adapter / "adapter_model.safetensors"
-    write_torch_file(adapter / "adapter_model.bin", {info.name: values(info) for info in read_header(path)})
-    path.unlink()
-    found = products()
-    assert found.keys() == expected.keys()
-    for name, product in found.items():
-        np.testing.assert_array_equal(product, expected[name])
 
 
 def test_tensors_that_are_replaced_as_a_whole(base: Path, adapter: Path, tmp_path: Path) -> None:
@@ -253,6 +239,18 @@ def test_equals_the_converter_of_llama_cpp(base: Path, adapter: Path, tmp_path: 
     assert main(["convert", str(adapter), "--base", str(base), "-o", str(ours), "-q"]) == 0
     peer_lora(adapter, base, theirs)
     assert contents(ours) == contents(theirs)
+
+
+@pytest.mark.parity
+def test_an_adapter_that_torch_saved(base: Path, adapter: Path, tmp_path: Path) -> None:
+    import torch
+
+    expected = logits(base, tmp_path / "folded.gguf", adapter=adapter)
+    path = adapter / "adapter_model.safetensors"
+    tensors = {info.name: torch.from_numpy(stored(info).values()) for info in read_header(path)}
+    path.unlink()
+    torch.save(tensors, adapter / "adapter_model.bin")
+    np.testing.assert_array_equal(logits(base, tmp_path / "again.gguf", adapter=adapter), expected)
 
 
 def contents(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

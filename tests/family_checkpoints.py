@@ -1,0 +1,199 @@
+"""Tiny random checkpoints of every family, as a table: what the converter is held against transformers with.
+
+A `Case` is data. transformers makes its checkpoint, or, for a family that it lacks, the case's own `write` does; so
+with the logits to expect. The table is in `tests/family_cases_*.py`, by kin; `CASES` is all of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.checkpoints import member_of_wheel, write_qwen2_tokenizer
+from tests.checkpoints import Json, edit_json, write_json, write_starter_tokenizer
+
+__all__ = ["TEXT", "Case", "expected_ids", "expected_logits", "make_checkpoint", "write_tokenizer"]
+
+Tokenizer = Literal["bpe", "qwen", "sentencepiece", "gemma"]
+VOCABULARY: Mapping[Tokenizer, int] = {"bpe": 49_152, "qwen": 151_936, "sentencepiece": 32_000, "gemma": 32_000}
+
+TEXT = (
+    "The attention mechanism weighs words. 请解释注意力机制。 Der Müller mahlt, was man ihm bringt. "
+    "def f(x):\n    return x * 17 🙂 Мельница мелет зерно. Les moulins tournent au vent, et la farine coule; "
+    "in the evening the miller counts his sacks and writes down what each of them weighs."
+)
+"""With every tokenizer longer than the sliding windows and the original contexts of the table."""
+
+BASE: Mapping[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.08,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+"""What a config has unless its case says otherwise, if its class knows the field and has a value for it."""
+
+# Buffers that training changes: left at zero or one they would hide a mistake.
+_TRAINED_BUFFERS = ("e_score_correction_bias", "expert_bias", "layer_scalar")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One tiny checkpoint.
+
+    architecture  the name in config.json, which is that of the class in transformers unless `model_class` is given
+    config        arguments of the config class, over `BASE`; a mapping for a field such as text_config is filled
+                  from `BASE` too
+    edit          changes config.json after transformers wrote it, into what repositories on the hub have
+    adjust        changes the model before it is saved
+    write         writes config.json and the weights of a family that transformers lacks
+    logits        its forward pass: folder, ids -> [n_ids, n_vocab]
+    """
+
+    architecture: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: Tokenizer = "bpe"
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    model_class: str = ""
+    seed: int = 1
+    edit: Callable[[Json], object] | None = None
+    adjust: Callable[[Any], object] | None = None
+    write: Callable[[Path], None] | None = None
+    logits: Callable[[Path, Sequence[int]], NDArray[np.float32]] | None = None
+
+
+def make_checkpoint(case: Case, folder: Path, starter: Path) -> None:
+    """Write the checkpoint of `case`, the same every time, in several shards where transformers makes it."""
+    folder.mkdir(parents=True)
+    write_tokenizer(case.tokenizer, folder, starter)
+    if case.write:
+        case.write(folder)
+        return
+    import torch
+    import transformers
+
+    model_class = getattr(transformers, case.model_class or case.architecture)
+    config = _config(model_class.config_class, case.config, VOCABULARY[case.tokenizer])
+    torch.manual_seed(case.seed)
+    model = model_class(config)
+    _perturb(model)
+    if case.adjust:
+        with torch.no_grad():
+            case.adjust(model)
+    model.to(getattr(torch, case.dtype)).save_pretrained(folder, max_shard_size="2MB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    edit_json(folder / "config.json", lambda fields: fields.update(architectures=[case.architecture]))
+    if case.edit:
+        edit_json(folder / "config.json", case.edit)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+
+
+def _config(config_class: Any, fields: Mapping[str, Any], n_vocab: int) -> Any:
+    defaults = {item.name: item.default for item in dataclasses.fields(config_class)}
+    spelt = config_class.attribute_map
+    base = {
+        name: value
+        for name, value in {**BASE, "vocab_size": n_vocab}.items()
+        if spelt.get(name, name) in defaults and (name != "head_dim" or isinstance(defaults.get(name), int))
+    }
+    given = {
+        name: _config(config_class.sub_configs[name], value, n_vocab).to_dict()
+        if name in config_class.sub_configs and name != "vision_config" and isinstance(value, Mapping)
+        else value
+        for name, value in fields.items()
+    }
+    return config_class(**{spelt.get(name, name): value for name, value in {**base, **given}.items()})
+
+
+def _perturb(model: Any) -> None:
+    """Norms of one, biases of zero and matrices left empty would hide a mistake."""
+    import torch
+
+    for parameter in model.parameters():
+        if parameter.dim() < 2:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        elif parameter.std() < 0.01:
+            parameter.data = 0.08 * torch.randn_like(parameter)
+    for name, buffer in model.named_buffers():
+        if name.endswith(_TRAINED_BUFFERS):
+            buffer += 0.1 * torch.randn_like(buffer)
+
+
+def expected_ids(folder: Path) -> list[int]:
+    """The ids of `TEXT`, by the tokenizer's own library."""
+    if (folder / "tokenizer.model").exists():
+        import sentencepiece
+
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        return [processor.bos_id(), *processor.EncodeAsIds(TEXT)]
+    from tokenizers import Tokenizer as Reader
+
+    ids: list[int] = Reader.from_file(str(folder / "tokenizer.json")).encode(TEXT).ids
+    return ids
+
+
+def expected_logits(case: Case, folder: Path, ids: Sequence[int]) -> NDArray[np.float32]:
+    """Logits [n_ids, n_vocab] of a checkpoint that `make_checkpoint` wrote, in float32."""
+    if case.logits:
+        return case.logits(folder, ids)
+    import torch
+    import transformers
+
+    model_class = getattr(transformers, case.model_class or case.architecture)
+    model = model_class.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        logits: NDArray[np.float32] = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].numpy()
+    assert math.isfinite(float(logits.sum()))
+    return logits
+
+
+# Tokenizers
+
+
+def write_tokenizer(kind: Tokenizer, folder: Path, starter: Path) -> None:
+    """The files of a real tokenizer, of `VOCABULARY[kind]` tokens at most."""
+    if kind == "bpe":
+        write_starter_tokenizer(folder, starter)
+    elif kind == "qwen":
+        write_qwen2_tokenizer(folder)
+    else:
+        (folder / "tokenizer.model").write_bytes(_sentencepiece(add_prefix=kind == "sentencepiece"))
+        settings = {"add_bos_token": True, "add_eos_token": False, "tokenizer_class": "LlamaTokenizer"}
+        write_json(
+            folder / "tokenizer_config.json",
+            settings | {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+        )
+
+
+@cache
+def _sentencepiece(*, add_prefix: bool) -> bytes:
+    """Mistral's model; without its added prefix it reads a text as Gemma's do."""
+    data = member_of_wheel("mistral-common", "mistral_common/data/tokenizer.model.v1")
+    if add_prefix:
+        return data
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+
+    model = ModelProto.FromString(data)
+    model.normalizer_spec.add_dummy_prefix = False
+    changed: bytes = model.SerializeToString()
+    return changed
+
+
+def read_config(folder: Path) -> Json:
+    config: Json = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config
