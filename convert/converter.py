@@ -28,7 +28,7 @@ from convert.pipeline import PlacedTensor, write_tensors
 from convert.reading import reading_vocabulary
 from convert.stored import stored
 from convert.tensors import TensorPlan, plan_tensors
-from convert.tokenizer import Vocabulary
+from convert.vocabulary import Vocabulary
 from models.errors import CheckpointError
 from models.families import ModelFamily, Tensors, family_of
 from models.hparams import Hparams
@@ -119,7 +119,10 @@ def convert_checkpoint(
     progress("planning", 0, 1)
     model = _open_model(source, ignored_fields, adapter)
     # The process that reads the tokenizer ends first, so that nothing waits for it when something else went wrong.
-    with ThreadPoolExecutor(1) as beside, reading_vocabulary(source, model.n_vocab, _TEXTS) as vocabulary:
+    with (
+        ThreadPoolExecutor(1) as beside,
+        reading_vocabulary(source, model.n_vocab, _TEXTS, model.family.vocabulary) as vocabulary,
+    ):
         tensors = _place(model, file_type)
         n_data = sum(padded(tensor.nbytes) for tensor in tensors)
         source_bytes = model.checkpoint.n_bytes
@@ -169,7 +172,7 @@ def plan_conversion(
     Raises CheckpointError, UnsupportedError, TensorError, TokenizerError, ConversionFailed.
     """
     model = _open_model(source, ignored_fields, adapter)
-    with reading_vocabulary(source, model.n_vocab, _TEXTS) as vocabulary:
+    with reading_vocabulary(source, model.n_vocab, _TEXTS, model.family.vocabulary) as vocabulary:
         return _finish(model, file_type, _place(model, file_type), vocabulary())
 
 
@@ -290,6 +293,7 @@ def _header(tensors: Sequence[PlacedTensor], model: _Model, file_type_id: int, v
 
 def _notes(model: _Model, vocabulary: Vocabulary) -> Iterator[str]:
     """What a person should know of the file, though nothing is wrong with it."""
+    yield from vocabulary.notes
     if vocabulary.special.chat_template is None:
         yield "the checkpoint has no chat template: `handmill run` continues text, `handmill chat` cannot talk"
     window = model.hparams.get("sliding_window") if "sliding_window" in model.family.ignored else None

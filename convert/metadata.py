@@ -15,16 +15,11 @@ import yaml
 
 from convert.checkpoint import Checkpoint, read_json
 from convert.gguf_writer import TypedValue
-from convert.tokenizer import Vocabulary
+from convert.vocabulary import Vocabulary
+from convert.vocabulary_keys import add_vocabulary
 from models.families import ModelFamily
 from models.families.keys import COMMON
 from models.hparams import Hparams
-
-# CodeLlama is the llama architecture with this many tokens; its fill-in-the-middle tokens stand at fixed ids.
-_CODE_LLAMA_VOCAB = 32016
-_CODE_LLAMA_FIM = {"prefix": 32007, "suffix": 32008, "middle": 32009, "eot": 32010}
-# Granite small models, and SmolLM2: a prompt begins without a BOS token unless the tokenizer adds one itself.
-_NO_BOS_VOCAB = 49152
 
 _VALUE_TYPES = {
     bool: gguf.GGUFValueType.BOOL,
@@ -57,7 +52,7 @@ def build_metadata(
         if "vocab_size" not in family.keys:
             writer.add_vocab_size(hparams.integer("vocab_size"))
     else:
-        _add_vocabulary(writer, family, vocabulary)
+        add_vocabulary(writer, family.vocabulary, vocabulary)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(file_type)
     keys: Mapping[str, TypedValue] = writer.kv_data[0]
@@ -123,39 +118,3 @@ def _add_hparams(writer: gguf.GGUFWriter, family: ModelFamily, hparams: Hparams)
             writer.add_array(full_key, value)
         else:
             writer.add_key_value(full_key, value, _VALUE_TYPES[type(value)])
-
-
-def _add_vocabulary(writer: gguf.GGUFWriter, family: ModelFamily, vocabulary: Vocabulary) -> None:
-    if vocabulary.add_space_prefix is not None and family.gguf_arch == "llama":
-        writer.add_add_space_prefix(vocabulary.add_space_prefix)
-    writer.add_tokenizer_model(vocabulary.model)
-    writer.add_tokenizer_pre(vocabulary.pre)
-    writer.add_token_list(vocabulary.tokens)
-    if vocabulary.scores:
-        writer.add_token_scores(vocabulary.scores)
-    writer.add_token_types(vocabulary.types)
-    if vocabulary.merges:
-        writer.add_token_merges(vocabulary.merges)
-    n_vocab, special = len(vocabulary.tokens), vocabulary.special
-    ids, add = dict(special.ids), dict(special.add)
-    if family.gguf_arch == "llama" and n_vocab == _CODE_LLAMA_VOCAB:
-        ids |= _CODE_LLAMA_FIM
-    # gguf has no key for some kinds ("cls", "prefix"): llama.cpp does not read them
-    for kind, token in ids.items():
-        if token < n_vocab and (add_id := getattr(writer, f"add_{kind}_token_id", None)) is not None:
-            add_id(token)
-    for kind, value in add.items():
-        if (add_flag := getattr(writer, f"add_add_{kind}_token", None)) is not None:
-            add_flag(value)
-    if special.chat_template:
-        _add_chat_template(writer, special.chat_template)
-    if family.gguf_arch == "llama" and n_vocab == _NO_BOS_VOCAB and "bos" not in add:
-        writer.add_add_bos_token(False)
-
-
-def _add_chat_template(writer: gguf.GGUFWriter, template: str | list[dict[str, Any]]) -> None:
-    writer.add_chat_template(template)
-    # gguf collects the names in a set: in an order that changes from run to run
-    names = writer.kv_data[0].get("tokenizer.chat_templates")
-    if names is not None:
-        names.value.sort()

@@ -112,3 +112,12 @@ NAMES = {
     "7fc505bd3104ca1083b150b17d088b59534ede9bde81f0dd2090967d7fe52cee": "viking",
     "9d70134b369a70e5735009b6de918f7581b5211f7c074d1f89f753aea8248af1": "youtu",
 }
+
+MISNAMED = frozenset({"pixtral"})
+"""Names under which llama.cpp splits as the tokenizer of that hash does on `PROBE_TEXT`, but not elsewhere: Pixtral's
+is Mistral's tekken, which splits words where they change case, while llama.cpp has it beside Llama 3."""
+
+ADDING_BOS = frozenset(
+    ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano")
+) | {"tekken", "chameleon"}
+"""Names under which llama.cpp begins a prompt with BOS unless the file says otherwise (src/llama-vocab.cpp)."""

@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from convert.added_marks import settle_ends
 from convert.tokenizer import Vocabulary, read_vocabulary
 from models.errors import HandmillError, TokenizerError
+from models.families.vocabulary import DEFAULT, VocabularyRules
 from models.text import printable
 
 DEADLINE_SECONDS = 300
@@ -25,7 +27,9 @@ _CHILD = "from convert.reading import answer; answer()"
 
 
 @contextmanager
-def reading_vocabulary(path: Path, n_vocab: int, check_texts: Sequence[str]) -> Iterator[Callable[[], Vocabulary]]:
+def reading_vocabulary(
+    path: Path, n_vocab: int, check_texts: Sequence[str], rules: VocabularyRules = DEFAULT
+) -> Iterator[Callable[[], Vocabulary]]:
     """Begin `read_vocabulary`; the function given waits for what it returns, or raises what it raises.
 
     Raises TokenizerError if the process ends without an answer. It does not outlive the block.
@@ -38,7 +42,7 @@ def reading_vocabulary(path: Path, n_vocab: int, check_texts: Sequence[str]) -> 
     ) as process:
         assert process.stdin is not None
         with suppress(BrokenPipeError):
-            process.stdin.write(pickle.dumps((path, n_vocab, tuple(check_texts))))
+            process.stdin.write(pickle.dumps((path, n_vocab, tuple(check_texts), rules)))
             process.stdin.close()
         deadline = threading.Timer(DEADLINE_SECONDS, process.kill)
         deadline.start()
@@ -63,15 +67,16 @@ def _answer_of(process: subprocess.Popen[bytes], path: Path) -> Vocabulary:
     if isinstance(answer, HandmillError):
         raise answer
     assert isinstance(answer, Vocabulary)
+    settle_ends(answer)
     return answer
 
 
 def answer() -> None:
     """What the other process does: arguments on stdin, a Vocabulary or a HandmillError on stdout."""
-    path, n_vocab, check_texts = pickle.load(sys.stdin.buffer)
+    path, n_vocab, check_texts, rules = pickle.load(sys.stdin.buffer)
     result: Vocabulary | HandmillError
     try:
-        result = read_vocabulary(path, n_vocab, check_texts)
+        result = read_vocabulary(path, n_vocab, check_texts, rules)
     except HandmillError as error:
         result = error
     except Exception as error:  # a fault of ours: it must not look like one of the file

@@ -6,13 +6,14 @@ the package index does not have yet.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from convert.checkpoint import read_json, read_text
 from models.errors import TokenizerError
+from models.families.vocabulary import VocabularyRules
 
 _TYPES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
@@ -20,12 +21,14 @@ _TYPES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 @dataclass
 class SpecialTokens:
     """`ids` by type ("bos", "eos", ...); `add`: whether a prompt begins or ends with one; the chat template is one
-    text or a list of {"name": ..., "template": ...}; `named_tokens`: the texts that the config names."""
+    text or a list of {"name": ..., "template": ...}; `named_tokens`: the texts that the config names;
+    `ends`: every id that the configs let end a reply."""
 
     ids: dict[str, int] = field(default_factory=dict)
     add: dict[str, bool] = field(default_factory=dict)
     chat_template: str | list[dict[str, str]] | None = None
     named_tokens: frozenset[str] = frozenset()
+    ends: list[int] = field(default_factory=list)
 
 
 def read_special_tokens(path: Path, document: Any, config: dict[str, Any] | None) -> SpecialTokens:
@@ -48,6 +51,7 @@ def read_special_tokens(path: Path, document: Any, config: dict[str, Any] | None
     for kind, name in names.items():
         flag = (config or {}).get(f"add_{kind}_token")
         if isinstance(flag, bool):
+            # the post-processor of tokenizer.json decides: transformers 5 reads no such flag beside it
             special.add.setdefault(kind, flag)
         if config is not None and name in ids_by_text:
             _set_id(special, kind, ids_by_text[name])
@@ -57,8 +61,33 @@ def read_special_tokens(path: Path, document: Any, config: dict[str, Any] | None
         value = model_config.get(f"{kind}_token_id")
         if value is None and isinstance(text_config, dict):
             value = text_config.get(f"{kind}_token_id")
+        if isinstance(value, list) and value:
+            value = value[0]
         _set_id(special, kind, value)
+    generation = read_json(path / "generation_config.json") or {}
+    special.ends = _ends(generation.get("eos_token_id"), model_config.get("eos_token_id"))
+    if special.ends:
+        special.ids.setdefault("eos", special.ends[0])
     return special
+
+
+def _ends(*values: object) -> list[int]:
+    """Every token of these that ends a reply, each once."""
+    listed = [i for value in values for i in (value if isinstance(value, list) else [value])]
+    return list(dict.fromkeys(i for i in listed if type(i) is int and 0 <= i < 2**31))
+
+
+def add_family_roles(special: SpecialTokens, rules: VocabularyRules, tokens: Sequence[bytes]) -> None:
+    """What the rules of a family say beyond the files. `tokens` by id: a rule for an absent token does not hold."""
+    wanted = {text.encode() for text in (*rules.special.values(), *rules.overrides.values())}
+    ids = {token: i for i, token in enumerate(tokens) if token in wanted} if wanted else {}
+    for kind, text in rules.special.items():
+        _set_id(special, kind, ids.get(text.encode()))
+    for kind, text in rules.overrides.items():
+        if text.encode() in ids:
+            special.ids[kind] = ids[text.encode()]
+    if rules.add_bos is not None:
+        special.add.setdefault("bos", rules.add_bos)
 
 
 def _set_id(special: SpecialTokens, kind: str, value: object) -> None:

@@ -13,7 +13,7 @@ import models.families
 from models.errors import UnsupportedError
 from models.families import ModelFamily, family_of, registry
 
-SHARED = ("keys", "passes")
+SHARED = ("keys", "passes", "vocabulary")
 """Modules that are no family: what families are made of."""
 
 

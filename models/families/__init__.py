@@ -20,6 +20,8 @@ from types import MappingProxyType
 from typing import Any
 
 from models.errors import UnsupportedError
+from models.families.vocabulary import DEFAULT as DEFAULT_VOCABULARY
+from models.families.vocabulary import VocabularyRules
 from models.hparams import Hparams
 from models.weights import Weights
 
@@ -50,6 +52,7 @@ class ModelFamily:
     passes         what is done to the tensors, one pass after the other
     n_blocks       how many blocks the file has, if not `num_hidden_layers`
     variant        another family for some configs of the same architecture
+    vocabulary     what its vocabulary has that no file of a checkpoint says
     """
 
     architectures: tuple[str, ...]
@@ -62,6 +65,7 @@ class ModelFamily:
     passes: tuple[Pass, ...] = ()
     n_blocks: Callable[[Hparams], int] = lambda hparams: hparams.n_layers
     variant: Callable[[Hparams], ModelFamily | None] = lambda hparams: None
+    vocabulary: VocabularyRules = DEFAULT_VOCABULARY
 
     def hparams(self, config: Mapping[str, Any]) -> Hparams:
         """The reader over a config of this family."""

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from models.families import ModelFamily
+from models.families import vocabulary as rules
 from models.families.keys import head_dim, integer
 from models.families.passes import interleaved_rope
 
@@ -19,6 +20,7 @@ LLAMA = ModelFamily(
     },
     passes=interleaved_rope(),
     ignored=("sliding_window", "is_llama_config"),
+    vocabulary=rules.LLAMA,
 )
 
 # transformers, MistralConfig; llama.cpp has no sliding window for it: equal up to the window, and a note says so
