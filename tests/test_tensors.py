@@ -186,3 +186,9 @@ def test_names_reach_no_terminal_as_they_are() -> None:
         plan(change={"\x1b[2J\u202e" + "x" * 10_000: (1,)})
     assert str(raised.value).isprintable()
     assert len(str(raised.value)) < 500
+
+
+def test_a_dtype_that_is_hidden_behind_arithmetic_is_refused_where_it_is_read() -> None:
+    weights = stored(TensorInfo("x", "I32", (2, 4), Path("s"), 0, 32)).mapped(lambda values: values + 1)
+    with pytest.raises(UnsupportedError, match="'x' in s is I32"):
+        weights.values()
