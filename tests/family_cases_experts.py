@@ -48,7 +48,13 @@ CASES: Mapping[str, Case] = {
             "rope_parameters": LLAMA3,
         },
     ),
-    "phi-moe": Case("PhiMoEForCausalLM", PHI_MOE, model_class="PhimoeForCausalLM", tokenizer="sentencepiece"),
+    "phi-moe": Case(
+        "PhiMoEForCausalLM",
+        PHI_MOE,
+        model_class="PhimoeForCausalLM",
+        tokenizer="sentencepiece",
+        approximated="transformers weighs each of the two experts against its own rivals, llama.cpp by one softmax",
+    ),
     "gpt-oss": Case(
         "GptOssForCausalLM",
         {
@@ -74,7 +80,7 @@ CASES: Mapping[str, Case] = {
         "Glm4MoeLiteForCausalLM",
         {**LATENT, **{k: v for k, v in ROUTED.items() if k != "first_k_dense_replace"}, "num_key_value_heads": 4},
         tokenizer="glm",
-        edit=lambda config: config.update(first_k_dense_replace=1),
+        edit=lambda config: config.update(first_k_dense_replace=1, scoring_func="sigmoid"),
     ),
     "glm4-moe-lite-transformers-5": Case(
         "Glm4MoeLiteForCausalLM",

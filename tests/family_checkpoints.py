@@ -7,7 +7,7 @@ with the logits to expect. The table is in `tests/family_cases_*.py`, by kin; `C
 from __future__ import annotations
 
 import dataclasses
-import json
+import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.checkpoints import member_of_wheel, write_qwen2_tokenizer
+from benchmarks.checkpoints import write_qwen2_tokenizer
 from tests.checkpoints import INDEX, Json, edit_json, tiny_tokenizer, write_json, write_starter_tokenizer
 
 __all__ = ["TEXT", "Case", "expected_ids", "expected_logits", "make_checkpoint", "write_tokenizer"]
@@ -29,8 +29,8 @@ VOCABULARY: Mapping[Tokenizer, int] = {
     "glm": 49_152,
     "phi4": 49_152,
     "qwen": 151_936,
-    "sentencepiece": 32_000,
-    "gemma": 32_000,
+    "sentencepiece": 384,
+    "gemma": 384,
     "gemma4": 316,
 }
 
@@ -72,6 +72,7 @@ class Case:
     beside        further tensors of the checkpoint, which transformers leaves alone, out of those that it wrote
     text_part     the part of a multimodal model that reads a text alone, where the whole cannot
     peer_options  of llama.cpp's converter
+    approximated  why llama.cpp computes something else whatever the file says
     write         writes config.json and the weights of a family that transformers lacks
     logits        its forward pass: folder, ids -> [n_ids, n_vocab]
     """
@@ -87,6 +88,7 @@ class Case:
     beside: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     text_part: str = ""
     peer_options: tuple[str, ...] = ()
+    approximated: str = ""
     write: Callable[[Path], None] | None = None
     logits: Callable[[Path, Sequence[int]], NDArray[np.float32]] | None = None
 
@@ -249,18 +251,21 @@ def _gemma4_tokenizer() -> Json:
 
 @cache
 def _sentencepiece(*, add_prefix: bool) -> bytes:
-    """Mistral's model; without its added prefix it reads a text as Gemma's do."""
-    data = member_of_wheel("mistral-common", "mistral_common/data/tokenizer.model.v1")
-    if add_prefix:
-        return data
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+    """A small model with byte fallback; without its added prefix it reads a text as Gemma's do."""
+    import sentencepiece
 
-    model = ModelProto.FromString(data)
-    model.normalizer_spec.add_dummy_prefix = False
-    changed: bytes = model.SerializeToString()
-    return changed
-
-
-def read_config(folder: Path) -> Json:
-    config: Json = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return config
+    latin = "".join(letter for letter in TEXT if letter < "\u0250")  # the rest falls back to bytes
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(latin.splitlines()),
+        model_writer=written,
+        vocab_size=VOCABULARY["sentencepiece"],
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=1.0,
+        add_dummy_prefix=add_prefix,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    return written.getvalue()
