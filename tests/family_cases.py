@@ -9,6 +9,7 @@ from types import MappingProxyType
 from tests import (
     family_cases_dense,
     family_cases_experts,
+    family_cases_gemma,
     family_cases_multimodal,
     family_cases_older,
     family_cases_recurrent,
@@ -20,6 +21,7 @@ __all__ = ["CASES", "DIFFERENCES", "PEER_STOPS"]
 _MODULES = (
     family_cases_dense,
     family_cases_experts,
+    family_cases_gemma,
     family_cases_recurrent,
     family_cases_older,
     family_cases_multimodal,

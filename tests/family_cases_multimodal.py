@@ -15,6 +15,14 @@ VISION = {
     "image_size": 56,
     "patch_size": 14,
 }
+QWEN_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "depth": 1,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+    "num_position_embeddings": 16,
+}
 
 CASES: Mapping[str, Case] = {
     "gemma3-vision": Case(
@@ -28,7 +36,7 @@ CASES: Mapping[str, Case] = {
     ),
     "mistral3": Case(
         "Mistral3ForConditionalGeneration",
-        {"text_config": {"model_type": "mistral"}, "vision_config": {"model_type": "pixtral", **VISION}},
+        {"text_config": {"model_type": "ministral3"}, "vision_config": {"model_type": "pixtral", **VISION}},
     ),
     "llama4-vision": Case(
         "Llama4ForConditionalGeneration",
@@ -37,7 +45,6 @@ CASES: Mapping[str, Case] = {
                 "num_local_experts": 4,
                 "intermediate_size_mlp": 96,
                 "num_hidden_layers": 5,
-                "attention_chunk_size": 64,
             },
             "vision_config": {
                 **VISION,
@@ -46,33 +53,18 @@ CASES: Mapping[str, Case] = {
                 "projector_output_dim": 32,
             },
         },
+        text_part="language_model",
     ),
     "qwen3.5-vision": Case(
         "Qwen3_5ForConditionalGeneration",
-        {
-            "text_config": {**DELTA_NET, "rope_parameters": MROPE},
-            "vision_config": {
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "depth": 1,
-                "num_heads": 2,
-                "out_hidden_size": 64,
-                "num_position_embeddings": 16,
-            },
-        },
+        {"text_config": {**DELTA_NET, "rope_parameters": MROPE}, "vision_config": QWEN_VISION},
+        tokenizer="qwen",
+        peer_options=("--no-mtp",),
     ),
     "qwen3.5-moe-vision": Case(
         "Qwen3_5MoeForConditionalGeneration",
-        {
-            "text_config": {**DELTA_NET, **EXPERTS, "rope_parameters": MROPE},
-            "vision_config": {
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "depth": 1,
-                "num_heads": 2,
-                "out_hidden_size": 64,
-                "num_position_embeddings": 16,
-            },
-        },
+        {"text_config": {**DELTA_NET, **EXPERTS, "rope_parameters": MROPE}, "vision_config": QWEN_VISION},
+        tokenizer="qwen",
+        peer_options=("--no-mtp",),
     ),
 }

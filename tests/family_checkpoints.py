@@ -7,7 +7,7 @@ with the logits to expect. The table is in `tests/family_cases_*.py`, by kin; `C
 from __future__ import annotations
 
 import dataclasses
-import json
+import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,13 +18,21 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.checkpoints import member_of_wheel, write_qwen2_tokenizer
-from tests.checkpoints import Json, edit_json, write_json, write_starter_tokenizer
+from benchmarks.checkpoints import write_qwen2_tokenizer
+from tests.checkpoints import INDEX, Json, edit_json, tiny_tokenizer, write_json, write_starter_tokenizer
 
 __all__ = ["TEXT", "Case", "expected_ids", "expected_logits", "make_checkpoint", "write_tokenizer"]
 
-Tokenizer = Literal["bpe", "qwen", "sentencepiece", "gemma"]
-VOCABULARY: Mapping[Tokenizer, int] = {"bpe": 49_152, "qwen": 151_936, "sentencepiece": 32_000, "gemma": 32_000}
+Tokenizer = Literal["bpe", "glm", "phi4", "qwen", "sentencepiece", "gemma", "gemma4"]
+VOCABULARY: Mapping[Tokenizer, int] = {
+    "bpe": 49_152,
+    "glm": 49_152,
+    "phi4": 49_152,
+    "qwen": 151_936,
+    "sentencepiece": 384,
+    "gemma": 384,
+    "gemma4": 316,
+}
 
 TEXT = (
     "The attention mechanism weighs words. 请解释注意力机制。 Der Müller mahlt, was man ihm bringt. "
@@ -61,6 +69,10 @@ class Case:
                   from `BASE` too
     edit          changes config.json after transformers wrote it, into what repositories on the hub have
     adjust        changes the model before it is saved
+    beside        further tensors of the checkpoint, which transformers leaves alone, out of those that it wrote
+    text_part     the part of a multimodal model that reads a text alone, where the whole cannot
+    peer_options  of llama.cpp's converter
+    approximated  why llama.cpp computes something else whatever the file says
     write         writes config.json and the weights of a family that transformers lacks
     logits        its forward pass: folder, ids -> [n_ids, n_vocab]
     """
@@ -73,6 +85,10 @@ class Case:
     seed: int = 1
     edit: Callable[[Json], object] | None = None
     adjust: Callable[[Any], object] | None = None
+    beside: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    text_part: str = ""
+    peer_options: tuple[str, ...] = ()
+    approximated: str = ""
     write: Callable[[Path], None] | None = None
     logits: Callable[[Path, Sequence[int]], NDArray[np.float32]] | None = None
 
@@ -95,15 +111,32 @@ def make_checkpoint(case: Case, folder: Path, starter: Path) -> None:
     if case.adjust:
         with torch.no_grad():
             case.adjust(model)
-    model.to(getattr(torch, case.dtype)).save_pretrained(folder, max_shard_size="2MB")
+    model.to(getattr(torch, case.dtype)).save_pretrained(folder, max_shard_size="256KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     edit_json(folder / "config.json", lambda fields: fields.update(architectures=[case.architecture]))
     if case.edit:
         edit_json(folder / "config.json", case.edit)
+    if case.beside:
+        _write_beside(case.beside, folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
 
 
+def _write_beside(make: Callable[[dict[str, Any]], dict[str, Any]], folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shards = [load_file(path) for path in sorted(folder.glob("model-*.safetensors"))]
+    tensors = make({name: tensor for shard in shards for name, tensor in shard.items()})
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model-beside.safetensors")
+    edit_json(
+        folder / INDEX, lambda index: index["weight_map"].update(dict.fromkeys(tensors, "model-beside.safetensors"))
+    )
+
+
 def _config(config_class: Any, fields: Mapping[str, Any], n_vocab: int) -> Any:
+    import transformers
+
+    if config_class is transformers.AutoConfig:
+        config_class = transformers.CONFIG_MAPPING[fields["model_type"]]
     defaults = {item.name: item.default for item in dataclasses.fields(config_class)}
     spelt = config_class.attribute_map
     base = {
@@ -156,6 +189,8 @@ def expected_logits(case: Case, folder: Path, ids: Sequence[int]) -> NDArray[np.
 
     model_class = getattr(transformers, case.model_class or case.architecture)
     model = model_class.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    if case.text_part:
+        model = getattr(model, case.text_part)
     with torch.no_grad():
         logits: NDArray[np.float32] = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].numpy()
     assert math.isfinite(float(logits.sum()))
@@ -167,33 +202,70 @@ def expected_logits(case: Case, folder: Path, ids: Sequence[int]) -> NDArray[np.
 
 def write_tokenizer(kind: Tokenizer, folder: Path, starter: Path) -> None:
     """The files of a real tokenizer, of `VOCABULARY[kind]` tokens at most."""
-    if kind == "bpe":
+    if kind in ("bpe", "glm", "phi4"):
         write_starter_tokenizer(folder, starter)
+        name = "GPT2Tokenizer" if kind == "phi4" else "PreTrainedTokenizerFast"
+        edit_json(folder / "tokenizer_config.json", lambda fields: fields.update(tokenizer_class=name))
+        if kind == "glm":
+            _rename_tokens(folder, _GLM_TOKENS)
     elif kind == "qwen":
         write_qwen2_tokenizer(folder)
+    elif kind == "gemma4":
+        write_json(folder / "tokenizer.json", _gemma4_tokenizer())
+        write_json(folder / "tokenizer_config.json", _MARKS | {"tokenizer_class": "PreTrainedTokenizerFast"})
     else:
         (folder / "tokenizer.model").write_bytes(_sentencepiece(add_prefix=kind == "sentencepiece"))
         settings = {"add_bos_token": True, "add_eos_token": False, "tokenizer_class": "LlamaTokenizer"}
-        write_json(
-            folder / "tokenizer_config.json",
-            settings | {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
-        )
+        write_json(folder / "tokenizer_config.json", _MARKS | settings)
+
+
+_MARKS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+_GLM_TOKENS = {"<repo_name>": "[gMASK]", "<reponame>": "<|user|>", "<file_sep>": "<|observation|>"}
+
+
+def _rename_tokens(folder: Path, names: Mapping[str, str]) -> None:
+    def rename(tokenizer: Json) -> None:
+        for token in tokenizer["added_tokens"]:
+            token["content"] = names.get(token["content"], token["content"])
+        vocabulary = tokenizer["model"]["vocab"]
+        tokenizer["model"]["vocab"] = {names.get(piece, piece): i for piece, i in vocabulary.items()}
+
+    edit_json(folder / "tokenizer.json", rename)
+
+
+def _gemma4_tokenizer() -> Json:
+    """Byte fallback out of a tokenizer.json alone, with no added prefix, and a mark at the beginning."""
+    tokenizer = tiny_tokenizer()
+    tokenizer["normalizer"] = tokenizer["normalizer"]["normalizers"][1]
+    steps = [{"type": "ByteFallback"}, {"type": "Fuse"}]
+    tokenizer["decoder"] = {"type": "Sequence", "decoders": steps}
+    mark = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [mark, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [mark, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    }
+    return tokenizer
 
 
 @cache
 def _sentencepiece(*, add_prefix: bool) -> bytes:
-    """Mistral's model; without its added prefix it reads a text as Gemma's do."""
-    data = member_of_wheel("mistral-common", "mistral_common/data/tokenizer.model.v1")
-    if add_prefix:
-        return data
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+    """A small model with byte fallback; without its added prefix it reads a text as Gemma's do."""
+    import sentencepiece
 
-    model = ModelProto.FromString(data)
-    model.normalizer_spec.add_dummy_prefix = False
-    changed: bytes = model.SerializeToString()
-    return changed
-
-
-def read_config(folder: Path) -> Json:
-    config: Json = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return config
+    latin = "".join(letter for letter in TEXT if letter < "\u0250")  # the rest falls back to bytes
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(latin.splitlines()),
+        model_writer=written,
+        vocab_size=VOCABULARY["sentencepiece"],
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=1.0,
+        add_dummy_prefix=add_prefix,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    return written.getvalue()

@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -42,12 +43,12 @@ def need_peer() -> None:
         pytest.skip(missing)
 
 
-def peer_convert(checkpoint: Path, output: Path, outtype: str = "auto") -> None:
+def peer_convert(checkpoint: Path, output: Path, outtype: str = "auto", options: Sequence[str] = ()) -> None:
     """Convert with convert_hf_to_gguf.py. Raises RuntimeError with the end of what it said."""
     server = _converter()
     assert server.stdin
     assert server.stdout
-    server.stdin.write(json.dumps(_arguments(checkpoint, output, outtype)) + "\n")
+    server.stdin.write(json.dumps([*_arguments(checkpoint, output, outtype), *options]) + "\n")
     server.stdin.flush()
     answer = server.stdout.readline()
     if not answer:

@@ -68,7 +68,7 @@ def test_logits_are_those_of_transformers(converted: Converted) -> None:
 @pytest.mark.parametrize("converted", [name for name in CONVERTED if name not in PEER_STOPS], indirect=True)
 def test_equals_the_converter_of_llama_cpp(converted: Converted, tmp_path: Path) -> None:
     theirs = tmp_path / "theirs.gguf"
-    peer_convert(converted.checkpoint, theirs, "f32")
+    peer_convert(converted.checkpoint, theirs, "f32", CASES[converted.name].peer_options)
     differences = DIFFERENCES.get(converted.name, {})
     our_keys, our_tensors = read(converted.ours)
     their_keys, their_tensors = read(theirs)
