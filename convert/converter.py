@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import struct
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,13 +22,15 @@ from convert.check import CHECK_TEXTS, LIMIT_TEXTS, check_computation, check_voc
 from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.file_types import DEFAULT, FileType
 from convert.gguf_writer import TensorEntry, header_bytes, padded
+from convert.lora import merged, open_adapter
 from convert.output import check_output, flush, translated, whole_file
 from convert.pipeline import PlacedTensor, write_tensors
 from convert.reading import reading_vocabulary
+from convert.stored import stored
 from convert.tensors import TensorPlan, plan_tensors
 from convert.vocabulary import Vocabulary
 from models.errors import CheckpointError
-from models.families import ModelFamily, family_of
+from models.families import ModelFamily, Tensors, family_of
 from models.hparams import Hparams
 
 _WAIT_SECONDS = 0.1
@@ -102,17 +104,20 @@ def convert_checkpoint(
     force: bool = False,
     check: bool = True,
     threads: int | None = None,
+    ignored_fields: Collection[str] = (),
+    adapter: Path | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> ConversionReport:
     """Convert the checkpoint directory `source` to the GGUF file `output`, which appears whole or not at all.
 
-    Raises the errors of `plan_conversion`, TensorError, OutputError, ConversionFailed, CheckFailed.
+    `ignored_fields` of config.json may have any value; a LoRA `adapter` is folded in. Raises the errors of
+    `plan_conversion`, TensorError, OutputError, ConversionFailed, CheckFailed.
     """
     started = time.monotonic()
     threads = threads or available_cores()
     check_output(output, 0, force=force)
     progress("planning", 0, 1)
-    model = _open_model(source)
+    model = _open_model(source, ignored_fields, adapter)
     # The process that reads the tokenizer ends first, so that nothing waits for it when something else went wrong.
     with (
         ThreadPoolExecutor(1) as beside,
@@ -121,16 +126,17 @@ def convert_checkpoint(
         tensors = _place(model, file_type)
         n_data = sum(padded(tensor.nbytes) for tensor in tensors)
         source_bytes = model.checkpoint.n_bytes
+        all_weights = sum(tensor.plan.n_weights for tensor in tensors)
         with whole_file(output, n_data, force=force) as partial:
             planned = beside.submit(lambda: _write_header(_finish(model, file_type, tensors, vocabulary()), partial))
             # While the weights are encoded the vocabulary is checked, which ends the run at once if it fails.
             checked = beside.submit(lambda: _check_vocabulary(planned.result(), partial)) if check else None
 
-            def encoded(n_bytes: int) -> None:
+            def encoded(n_weights: int) -> None:
                 for future in (planned, checked):
                     if future is not None and future.done():
                         future.result()
-                progress("encoding", n_bytes, source_bytes)
+                progress("encoding", source_bytes * n_weights // all_weights, source_bytes)
 
             def data_start(wait: bool) -> int | None:
                 try:
@@ -154,12 +160,18 @@ def convert_checkpoint(
     return ConversionReport(output, plan, time.monotonic() - started, check, warnings)
 
 
-def plan_conversion(source: Path, file_type: FileType = DEFAULT) -> ConversionPlan:
+def plan_conversion(
+    source: Path,
+    file_type: FileType = DEFAULT,
+    *,
+    ignored_fields: Collection[str] = (),
+    adapter: Path | None = None,
+) -> ConversionPlan:
     """Read configs, headers and tokenizer; let llama.cpp choose the types and look the model over.
 
     Raises CheckpointError, UnsupportedError, TensorError, TokenizerError, ConversionFailed.
     """
-    model = _open_model(source)
+    model = _open_model(source, ignored_fields, adapter)
     with reading_vocabulary(source, model.n_vocab, _TEXTS, model.family.vocabulary) as vocabulary:
         return _finish(model, file_type, _place(model, file_type), vocabulary())
 
@@ -172,18 +184,23 @@ class _Model:
     family: ModelFamily
     hparams: Hparams
     tensors: Sequence[TensorPlan]
+    ignored_fields: frozenset[str]
 
     @property
     def n_vocab(self) -> int:
         return self.hparams.integer("vocab_size")
 
 
-def _open_model(source: Path) -> _Model:
+def _open_model(source: Path, ignored_fields: Collection[str], adapter: Path | None) -> _Model:
     checkpoint = open_checkpoint(source)
-    family = family_of(checkpoint.architecture)
-    hparams = Hparams(checkpoint.config, family.defaults)
-    hparams.refuse_unknown_computation()
-    return _Model(checkpoint, family, hparams, plan_tensors(checkpoint, family, hparams))
+    family = family_of(checkpoint.architecture, checkpoint.config)
+    hparams = family.hparams(checkpoint.config)
+    hparams.refuse_quantized()
+    hparams.require(family.requires)
+    tensors: Tensors = {name: stored(info) for name, info in checkpoint.tensors.items()}
+    if adapter is not None:
+        tensors = merged(tensors, open_adapter(adapter))
+    return _Model(checkpoint, family, hparams, plan_tensors(tensors, family, hparams), frozenset(ignored_fields))
 
 
 def _finish(
@@ -227,8 +244,9 @@ def _place(model: _Model, file_type: FileType) -> list[PlacedTensor]:
     carriers = {plan.name: quantize.F32 if plan.keep_f32 else carrier for plan in model.tensors}
     unquantized = _in_order((plan, carriers[plan.name], carriers[plan.name]) for plan in model.tensors)
     header = _header(unquantized, model, 0, None)
+    model.hparams.refuse_unread((*model.family.ignored, *model.ignored_fields))
     with quantize.hollow_file(header, sum(padded(tensor.nbytes) for tensor in unquantized)) as hollow:
-        sources = {plan.name: plan.source.name for plan in model.tensors if plan.source is not None}
+        sources = {plan.name: plan.weights.name for plan in model.tensors}
         quantize.check_structure(hollow, sources)
         types = quantize.choose_tensor_types(hollow, file_type, len(unquantized))
     plans = {plan.name: plan for plan in model.tensors}
@@ -250,7 +268,7 @@ def _in_order(
 def _carrier(checkpoint: Checkpoint) -> quantize.TensorType:
     """What llama.cpp's converter would store matrices in: the type of the first that is BF16 or F16, else F32."""
     for tensor in checkpoint.tensors.values():
-        if len(tensor.shape) > 1 and tensor.dtype != "F32":
+        if len(tensor.shape) > 1 and tensor.dtype in ("BF16", "F16"):
             return quantize.tensor_type(tensor.dtype)
     return quantize.F32
 
@@ -278,9 +296,11 @@ def _notes(model: _Model, vocabulary: Vocabulary) -> Iterator[str]:
     yield from vocabulary.notes
     if vocabulary.special.chat_template is None:
         yield "the checkpoint has no chat template: `handmill run` continues text, `handmill chat` cannot talk"
-    window = model.hparams.get("sliding_window")
-    if model.hparams.get("use_sliding_window") is None and isinstance(window, int):
+    window = model.hparams.get("sliding_window") if "sliding_window" in model.family.ignored else None
+    if isinstance(window, int) and not model.hparams.has("use_sliding_window"):
         yield (
             f"the model looks back {window:,} tokens at most, which llama.cpp does not compute for this architecture: "
             "beyond that its answers may differ"
         )
+    if model.hparams.rope.type == "dynamic":
+        yield "the rope scaling is dynamic: beyond the trained context, where it would begin, answers may differ"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -17,7 +18,15 @@ from convert.gguf_writer import TypedValue
 from convert.vocabulary import Vocabulary
 from convert.vocabulary_keys import add_vocabulary
 from models.families import ModelFamily
+from models.families.keys import COMMON
 from models.hparams import Hparams
+
+_VALUE_TYPES = {
+    bool: gguf.GGUFValueType.BOOL,
+    int: gguf.GGUFValueType.UINT32,
+    float: gguf.GGUFValueType.FLOAT32,
+    str: gguf.GGUFValueType.STRING,
+}
 
 
 def build_metadata(
@@ -36,11 +45,11 @@ def build_metadata(
     # Only collects: a writer without a path writes nothing.
     writer = gguf.GGUFWriter(path=None, arch=family.gguf_arch)
     writer.add_type(gguf.GGUFType.MODEL)
-    _add_general(writer, checkpoint, n_parameters)
+    add_general(writer, checkpoint.path, n_parameters)
     _add_hparams(writer, family, hparams)
     if vocabulary is None:
         writer.add_tokenizer_model("no_vocab")
-        if "vocab_size" not in family.extra_keys:
+        if "vocab_size" not in family.keys:
             writer.add_vocab_size(hparams.integer("vocab_size"))
     else:
         add_vocabulary(writer, family.vocabulary, vocabulary)
@@ -50,18 +59,19 @@ def build_metadata(
     return keys
 
 
-def _add_general(writer: gguf.GGUFWriter, checkpoint: Checkpoint, n_parameters: int) -> None:
+def add_general(writer: gguf.GGUFWriter, path: Path, n_parameters: int) -> None:
     """Name, licence, languages and recommended sampling, out of the model card and generation_config.json."""
     # gguf tells on its logger what it makes of the names; none of it is for the person who converts
     logging.getLogger("metadata").setLevel(logging.CRITICAL)
     try:
-        metadata = gguf.Metadata.load(None, checkpoint.path, None, n_parameters)
+        metadata = gguf.Metadata.load(None, path, None, n_parameters)
     except (yaml.YAMLError, RecursionError, UnicodeDecodeError, TypeError, AttributeError, ValueError, KeyError):
         # A model card is prose with a header; a broken one costs the names, not the conversion.
         metadata = gguf.Metadata()
-    metadata.name = str(metadata.name or checkpoint.path.resolve().name)
-    metadata.size_label = metadata.size_label or gguf.size_label(n_parameters, n_parameters, 0, 0)
-    generation = read_json(checkpoint.path / "generation_config.json") or {}
+    metadata.name = str(metadata.name or path.resolve().name)
+    if n_parameters:
+        metadata.size_label = metadata.size_label or gguf.size_label(n_parameters, n_parameters, 0, 0)
+    generation = read_json(path / "generation_config.json") or {}
     penalty = generation.get("penalty_repeat", generation.get("repetition_penalty"))
     metadata.sampling_penalty_repeat = penalty
     for name, value in list(vars(metadata).items()):
@@ -98,34 +108,13 @@ def _is_sampling_value(name: str, value: object) -> bool:
 
 
 def _add_hparams(writer: gguf.GGUFWriter, family: ModelFamily, hparams: Hparams) -> None:
-    writer.add_block_count(hparams.n_layers)
-    writer.add_context_length(hparams.integer("max_position_embeddings"))
-    writer.add_embedding_length(hparams.integer("hidden_size"))
-    writer.add_feed_forward_length(hparams.integer("intermediate_size"))
-    writer.add_head_count(hparams.n_heads)
-    writer.add_head_count_kv(hparams.n_heads_kv)
-    rope = hparams.rope
-    if rope.type == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(rope.number("factor"))
-    elif rope.type == "yarn":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(rope.number("factor"))
-        writer.add_rope_scaling_orig_ctx_len(int(rope.number("original_max_position_embeddings")))
-        for name, add in (
-            ("extrapolation_factor", writer.add_rope_scaling_yarn_ext_factor),
-            ("attention_factor", writer.add_rope_scaling_yarn_attn_factor),
-            ("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
-            ("beta_slow", writer.add_rope_scaling_yarn_beta_slow),
-        ):
-            if rope.fields.get(name) is not None:
-                add(rope.number(name))
-    writer.add_rope_freq_base(rope.theta)
-    writer.add_layer_norm_rms_eps(hparams.number("rms_norm_eps"))
-    if family.head_dim_key or hparams.get("head_dim") is not None:
-        writer.add_key_length(hparams.head_dim)
-        writer.add_value_length(hparams.head_dim)
-    if "vocab_size" in family.extra_keys:
-        writer.add_vocab_size(hparams.integer("vocab_size"))
-    if "rope.dimension_count" in family.extra_keys:
-        writer.add_rope_dimension_count(hparams.head_dim)
+    writer.add_block_count(family.n_blocks(hparams))
+    for key, getter in {**COMMON, **family.keys}.items():
+        value = getter(hparams)
+        if value is None or value == []:
+            continue
+        full_key = f"{family.gguf_arch}.{key}"
+        if isinstance(value, list):
+            writer.add_array(full_key, value)
+        else:
+            writer.add_key_value(full_key, value, _VALUE_TYPES[type(value)])

@@ -15,10 +15,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.checkpoint import ITEM_BYTES
 from convert.output import translated
-from convert.quantize import TensorType, decode_rows, encode_rows, prepare_encoder, rounded_to
-from convert.tensors import TensorPlan, interleave_halves
+from convert.quantize import TensorType, encode_rows, prepare_encoder, rounded_to
+from convert.tensors import TensorPlan
 from models.errors import ConversionFailed, TensorError
 from models.text import printable
 
@@ -48,9 +47,8 @@ class _Slab:
     n_rows: int
 
     @property
-    def source_bytes(self) -> int:
-        source = self.tensor.plan.source
-        return self.n_rows * self.tensor.plan.row_length * ITEM_BYTES[source.dtype] if source else 0
+    def n_weights(self) -> int:
+        return self.n_rows * self.tensor.plan.row_length
 
 
 DataStart = Callable[[bool], int | None]
@@ -65,7 +63,8 @@ def write_tensors(
     threads: int,
     progress: Callable[[int], None],
 ) -> None:
-    """Encode all tensors into the file at `path`. `progress` is told the bytes read, in the calling thread.
+    """Encode all tensors into the file at `path`. `progress` is told the weights that are done, in the calling
+    thread.
 
     Slabs that are ready before `data_start` is known wait in memory, a bounded number of them. Raises TensorError
     (NaN or infinity, a shard that shrank), OutputError, ConversionFailed, and what `data_start` and `progress` raise.
@@ -81,7 +80,7 @@ def write_tensors(
             if work.ended.wait(_POLL_SECONDS):
                 work.ended.clear()  # set again by the next thread that ends
             running = any(worker.is_alive() for worker in workers)
-            progress(work.bytes_read)
+            progress(work.n_done)
     finally:
         # Ctrl-C lands here too: the slabs under way end, no new one begins.
         work.stop = True
@@ -96,8 +95,7 @@ def _slabs(tensors: Sequence[PlacedTensor]) -> Iterator[_Slab]:
     # Types of large blocks take longest by far: first, so that little waits in memory until `data_start` is known.
     for tensor in sorted(tensors, key=lambda tensor: -tensor.kind.block):
         plan = tensor.plan
-        together = plan.rows_together
-        rows = max(SLAB_WEIGHTS // (plan.row_length * together), 1) * together if len(plan.shape) > 1 else 1
+        rows = max(SLAB_WEIGHTS // plan.row_length, 1)
         for first in range(0, plan.n_rows, rows):
             yield _Slab(tensor, first, min(rows, plan.n_rows - first))
 
@@ -110,7 +108,7 @@ class _Work:
         self._data_start = data_start
         self._waiting_bytes = waiting_bytes
         self._lock = threading.Lock()
-        self.bytes_read = 0
+        self.n_done = 0
         self.error: Exception | None = None
         self.stop = False
         self.ended = threading.Event()
@@ -148,7 +146,7 @@ class _Work:
             while rest:
                 rest = rest[file.write(rest) :]
             with self._lock:
-                self.bytes_read += slab.source_bytes
+                self.n_done += slab.n_weights
         waiting.clear()
         return True
 
@@ -159,10 +157,13 @@ class _Work:
 
 def _encode(slab: _Slab) -> NDArray[np.uint8]:
     plan, kind, carrier = slab.tensor.plan, slab.tensor.kind, slab.tensor.carrier
-    values = _read(slab)
+    weights = plan.weights
+    # a vector is one row of the file, and a row an element for those who read it
+    per_row = plan.row_length // weights.row_length
+    values = weights.rows(slab.first_row * per_row, slab.n_rows * per_row).reshape(slab.n_rows, plan.row_length)
     if not np.isfinite(values).all():
         raise _refused(slab, "it holds NaN or infinity", "The checkpoint is damaged. Fetch it again.")
-    if plan.source is not None and plan.source.dtype != carrier.name:
+    if weights.dtype != carrier.name:
         values = rounded_to(values, carrier)
         if not np.isfinite(values).all():
             reason = f"its values do not fit {carrier.name}, the type of the checkpoint's other matrices"
@@ -174,37 +175,9 @@ def _encode(slab: _Slab) -> NDArray[np.uint8]:
 
 
 def _refused(slab: _Slab, reason: str, hint: str) -> TensorError:
-    plan = slab.tensor.plan
-    name = plan.source.name if plan.source else plan.name
-    where = f" in {plan.source.path.name}" if plan.source else ""
+    weights = slab.tensor.plan.weights
     return TensorError(
-        f"tensor {printable(name)!r}{where}: {reason} (in rows from {slab.first_row})", hint=hint, tensor=name
+        f"tensor {printable(weights.name)!r} in {weights.file}: {reason} (in rows from {slab.first_row})",
+        hint=hint,
+        tensor=weights.name,
     )
-
-
-def _read(slab: _Slab) -> NDArray[np.float32]:
-    """The rows of a slab as float32 [n_rows, row_length], in llama.cpp's order."""
-    plan = slab.tensor.plan
-    if plan.source is None:
-        assert plan.values is not None
-        return plan.values.reshape(plan.n_rows, plan.row_length)[slab.first_row : slab.first_row + slab.n_rows]
-    source = plan.source
-    item = ITEM_BYTES[source.dtype]
-    raw = np.empty((slab.n_rows, plan.row_length), np.uint16 if item == 2 else np.uint32)
-    try:
-        # Opening costs microseconds, and a checkpoint may have more shards than a process may have open files.
-        with source.path.open("rb", buffering=0) as file:
-            file.seek(source.offset + slab.first_row * plan.row_length * item)
-            rest = raw.data.cast("B")
-            while rest and (n := file.readinto(rest)):
-                rest = rest[n:]
-    except OSError as error:
-        raise TensorError(f"cannot read {source.path}: {error.strerror}", tensor=source.name) from error
-    if rest:
-        raise TensorError(f"{source.path} was cut short while it was read", tensor=source.name)
-    if plan.heads:
-        if len(plan.shape) == 1:
-            raw = interleave_halves(raw.reshape(-1, 1), plan.heads).reshape(raw.shape)
-        else:
-            raw = interleave_halves(raw, slab.n_rows // plan.rows_together)
-    return decode_rows(raw, source.dtype)

@@ -1,46 +1,53 @@
-"""Which tensors the file gets, and from where: a plan that can be listed before anything runs."""
+"""Which tensors the file gets, and from what: a plan that can be listed before anything runs."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import gguf
-import numpy as np
-from numpy.typing import NDArray
 
-from convert.checkpoint import Checkpoint, TensorInfo
-from models.errors import TensorError
+from convert.rope_factors import rope_tensors
+from convert.stored import check_readable
+from models.errors import TensorError, UnsupportedError
 from models.families import ModelFamily
+from models.families.passes import stack_experts, without_other_parts
 from models.hparams import Hparams
 from models.text import printable
+from models.weights import Weights
 
 # Buffers that some checkpoints carry along; they follow from the config.
-_IGNORED_SUFFIXES = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
+_IGNORED_SUFFIXES = (".attention.masked_bias", ".attention.bias", ".attn.bias", ".attn.masked_bias", ".inv_freq")
+
+# Matrices that llama.cpp keeps in F32 whatever the file type. Source: conversion/base.py `prepare_tensors`.
+_KEPT_F32 = re.compile(
+    r".*_norm\.weight|position_embd\.weight|token_types\.weight"
+    r"|blk\.\d+\.(ffn_gate_inp|ffn_gate_inp_shexp|ssm_conv1d|shortconv\.conv|altup_correct_coef|altup_predict_coef)\.weight"
+)
 
 
 @dataclass(frozen=True)
 class TensorPlan:
     """One tensor of the file before its type is known.
 
-    name            GGUF name
-    shape           outermost first, as in the checkpoint
-    source          where its weights lie; None for a tensor that is computed, whose `values` these are
-    heads           > 0: the rows of each of so many heads change places (see `interleave_halves`)
-    keep_f32        stays F32 whatever the file type (norms, biases)
+    name      GGUF name
+    weights   its shape, and how its rows are read
+    keep_f32  stays F32 whatever the file type (norms, biases)
     """
 
     name: str
-    shape: tuple[int, ...]
-    source: TensorInfo | None
-    values: NDArray[np.float32] | None = None
-    heads: int = 0
+    weights: Weights
     keep_f32: bool = False
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weights.shape
+
+    @property
     def row_length(self) -> int:
+        """Of a row of the file: a vector is one."""
         return self.shape[-1]
 
     @property
@@ -49,63 +56,73 @@ class TensorPlan:
 
     @property
     def n_weights(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def rows_together(self) -> int:
-        """Rows that can only be read as one: those of a head where heads are reordered, else single rows."""
-        if self.heads:
-            return max(1, self.n_rows // self.heads)
-        return 1
+        return self.weights.n_weights
 
 
-def plan_tensors(checkpoint: Checkpoint, family: ModelFamily, hparams: Hparams) -> list[TensorPlan]:
+def plan_tensors(tensors: Mapping[str, Weights], family: ModelFamily, hparams: Hparams) -> list[TensorPlan]:
     """The tensors of the file. Raises TensorError for one that nobody asked for, that is missing or misshapen."""
-    n_tensors = len(checkpoint.tensors)
-    if hparams.n_layers > n_tensors:  # gguf lists the names of all blocks: not of 2^30
+    n_blocks = family.n_blocks(hparams)
+    if n_blocks > len(tensors):  # gguf lists the names of all blocks: not of 2^30
         raise TensorError(
-            f"config.json asks for {hparams.n_layers:,} blocks, the checkpoint has {n_tensors:,} tensors",
+            f"config.json asks for {n_blocks:,} blocks, the checkpoint has {len(tensors):,} tensors",
             hint="A shard is missing, or the config does not belong to these weights.",
         )
-    names = gguf.get_tensor_name_map(_architecture(family), hparams.n_layers)
-    plans = {plan.name: plan for plan in _computed_tensors(hparams)}
-    for tensor in checkpoint.tensors.values():
-        if tensor.name.endswith(_IGNORED_SUFFIXES):
-            continue
-        name = names.get_name(tensor.name, try_suffixes=(".weight", ".bias"))
-        if name is None or not tensor.shape:
-            raise TensorError(
-                f"tensor {printable(tensor.name)!r} in {tensor.path.name} has no place in a {family.gguf_arch} model "
-                f"of {hparams.n_layers} blocks",
-                hint="The config does not belong to these weights, or they are of a variant of this architecture.",
-                tensor=tensor.name,
-            )
+    kept = {name: weights for name, weights in tensors.items() if not name.endswith(_IGNORED_SUFFIXES)}
+    kept = dict(without_other_parts(kept, hparams))
+    for weights in kept.values():
+        if not weights.shape or 0 in weights.shape:  # no pass expects one
+            raise _without_place(weights, family, n_blocks)
+    for step in (*family.passes, stack_experts):
+        kept = dict(step(kept, hparams))
+    gguf_name = gguf_names(family, hparams)
+    plans: dict[str, TensorPlan] = {}
+    for hf_name, weights in {**rope_tensors(hparams), **kept}.items():
+        name = gguf_name(hf_name, weights)
         if name in plans:
-            raise TensorError(f"tensor {printable(tensor.name)!r} is there twice, as {name}", tensor=tensor.name)
-        keep_f32 = len(tensor.shape) < 2 or name.endswith("_norm.weight") or not name.endswith(".weight")
-        plans[name] = TensorPlan(
-            name, tensor.shape, tensor, heads=_reordered_heads(name, tensor, family, hparams), keep_f32=keep_f32
-        )
+            raise TensorError(f"tensor {printable(weights.name)!r} is there twice, as {name}", tensor=weights.name)
+        check_readable(weights)
+        keep_f32 = len(weights.shape) < 2 or not name.endswith(".weight") or bool(_KEPT_F32.fullmatch(name))
+        plans[name] = TensorPlan(name, weights, keep_f32)
     _check_ends(plans, hparams)
     _check_biases(plans)
     return list(plans.values())
 
 
+def gguf_names(family: ModelFamily, hparams: Hparams) -> Callable[[str, Weights], str]:
+    """From a name of the checkpoint, after the family's passes, to GGUF's.
+
+    The function raises TensorError for a tensor that has no place in the architecture.
+    """
+    n_blocks = family.n_blocks(hparams)
+    names = gguf.get_tensor_name_map(_architecture(family), n_blocks)
+
+    def gguf_name(name: str, weights: Weights) -> str:
+        found: str | None = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if found is None:
+            raise _without_place(weights, family, n_blocks)
+        return found
+
+    return gguf_name
+
+
+def _without_place(weights: Weights, family: ModelFamily, n_blocks: int) -> TensorError:
+    return TensorError(
+        f"tensor {printable(weights.name)!r} in {weights.file} has no place in a {family.gguf_arch} model "
+        f"of {n_blocks} blocks",
+        hint="The config does not belong to these weights, or they are of a variant of this architecture.",
+        tensor=weights.name,
+    )
+
+
 def _architecture(family: ModelFamily) -> Any:
-    return next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == family.gguf_arch)
-
-
-def _reordered_heads(name: str, tensor: TensorInfo, family: ModelFamily, hparams: Hparams) -> int:
-    if not family.interleaved_rope:
-        return 0
-    part = name.split(".")[-2]
-    heads = {"attn_q": hparams.n_heads, "attn_k": hparams.n_heads_kv}.get(part, 0)
-    if heads and tensor.shape[0] % (2 * heads):
-        raise TensorError(
-            f"tensor {printable(tensor.name)!r} has {tensor.shape[0]} rows, which {heads} heads do not divide",
-            tensor=tensor.name,
-        )
-    return heads
+    for arch, name in gguf.MODEL_ARCH_NAMES.items():
+        if name == family.gguf_arch:
+            return arch
+    raise UnsupportedError(
+        f"the installed gguf does not know the architecture {family.gguf_arch!r}",
+        hint="Install a newer one: pip install --upgrade gguf",
+        architecture=family.gguf_arch,
+    )
 
 
 def _check_ends(plans: Mapping[str, TensorPlan], hparams: Hparams) -> None:
@@ -115,13 +132,14 @@ def _check_ends(plans: Mapping[str, TensorPlan], hparams: Hparams) -> None:
     """
     embedding = plans.get("token_embd.weight")
     n_vocab = hparams.integer("vocab_size")
-    if embedding is None or embedding.source is None:
+    if embedding is None:
         raise TensorError("the checkpoint has no token embedding", hint="Is a shard missing?")
     if embedding.shape[0] != n_vocab:
+        name = embedding.weights.name
         raise TensorError(
-            f"tensor {printable(embedding.source.name)!r} has {embedding.shape[0]:,} rows, vocab_size is {n_vocab:,}",
+            f"tensor {printable(name)!r} has {embedding.shape[0]:,} rows, vocab_size is {n_vocab:,}",
             hint="The config does not belong to these weights.",
-            tensor=embedding.source.name,
+            tensor=name,
         )
     if "output.weight" not in plans and not hparams.flag("tie_word_embeddings"):
         raise TensorError(
@@ -143,52 +161,3 @@ def _check_biases(plans: Mapping[str, TensorPlan]) -> None:
                     hint="A shard is missing or belongs to another checkpoint.",
                     tensor=bias,
                 )
-
-
-def _computed_tensors(hparams: Hparams) -> Iterator[TensorPlan]:
-    if hparams.rope.type == "llama3":
-        values = _llama3_rope_factors(hparams)
-        yield TensorPlan("rope_freqs.weight", values.shape, None, values=values, keep_f32=True)
-
-
-def _llama3_rope_factors(hparams: Hparams) -> NDArray[np.float32]:
-    """What each rotary frequency is divided by, [head_dim / 2].
-
-    Source: transformers, modeling_rope_utils.py `_compute_llama3_parameters`; llama.cpp wants factors instead of
-    frequencies. In float32 step by step, as llama.cpp's converter computes them, but for the power, which is rounded
-    from float64: torch's own may be off by a last bit, which no Llama 3 config shows.
-    """
-    rope = hparams.rope
-    dim = hparams.head_dim
-    exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
-    with np.errstate(all="ignore"):  # of an absurd theta; see below
-        frequencies = np.float32(1.0) / np.power(rope.theta, exponents.astype(np.float64)).astype(np.float32)
-    factor = rope.number("factor", 8.0)
-    low, high = rope.number("low_freq_factor", 1.0), rope.number("high_freq_factor", 4.0)
-    trained_context = rope.number("original_max_position_embeddings", 8192)
-    if factor <= 0 or low <= 0 or high <= low or trained_context <= 0 or not np.isfinite(frequencies).all():
-        raise TensorError(
-            "config.json: the llama3 rope factors are not positive and rising",
-            hint="See rope_parameters, or rope_scaling and rope_theta.",
-        )
-    factors = []
-    for frequency in frequencies:
-        wavelength = np.float32(2 * math.pi) / frequency
-        if wavelength < trained_context / high:
-            factors.append(1.0)
-        elif wavelength > trained_context / low:
-            factors.append(factor)
-        else:
-            smooth = (np.float32(trained_context) / wavelength - np.float32(low)) / np.float32(high - low)
-            factors.append(float(np.float32(1) / ((np.float32(1) - smooth) / np.float32(factor) + smooth)))
-    return np.array(factors, dtype=np.float32)
-
-
-def interleave_halves(rows: NDArray[Any], n_heads: int) -> NDArray[Any]:
-    """Rows of whole heads, from transformers' rotary order (two halves) to llama.cpp's (neighbouring pairs).
-
-    `rows` is [n_heads * head_dim, ...]; row i of the first half comes before row i of the second.
-    """
-    head_dim = rows.shape[0] // n_heads
-    halves = rows.reshape(n_heads, 2, head_dim // 2, *rows.shape[1:])
-    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)

@@ -120,7 +120,7 @@ _SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
     (b"fmgg", "it is a GGML file from before GGUF", ""),
     (b"{", "it looks like JSON", ""),
 )
-_CONVERT_HINT = "Give a GGUF file, or a Hugging Face checkpoint directory with config.json and *.safetensors."
+_CONVERT_HINT = "Give a GGUF file, or a Hugging Face checkpoint directory with config.json and its shards."
 
 
 def looks_like(head: bytes, size: int) -> tuple[str, str]:

@@ -1,90 +1,96 @@
-"""A typed reader over `config.json`, which knows how transformers 4 and 5 spell things."""
+"""A typed reader over `config.json`, which knows how transformers 4 and 5 spell things, and what nobody read."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import Any
 
+from models.config_fields import ALIASES, is_inert, is_neutral
 from models.errors import CheckpointError, UnsupportedError
-
-RopeType = Literal["default", "linear", "llama3", "yarn"]
-_ROPE_TYPES: tuple[RopeType, ...] = ("default", "linear", "llama3", "yarn")
-
-_MAX_FLOAT = 3.4e38
-"""GGUF keeps numbers in 32 bits."""
+from models.rope import RopeParameters, number_of, read_rope, shown
 
 _MAX_HEAD_DIM = 1 << 16
 """Far above any model; as much is allocated for rope factors before llama.cpp looks at the shapes."""
 
-# Fields that change what a model computes, with the values that leave it as it is. llama.cpp's graphs of the
-# families here know none of them, so any other value would make a file that answers wrongly.
-_NEUTRAL: dict[str, tuple[object, ...]] = {
-    "attn_logit_softcapping": (None, 0, 0.0),
-    "attention_multiplier": (None, 1, 1.0),
-    "clip_qkv": (None,),
-    "embedding_multiplier": (None, 1, 1.0),
-    "final_logit_softcapping": (None, 0, 0.0),
-    "hidden_act": (None, "silu", "swish"),
-    "is_causal": (None, True),
-    "logit_scale": (None, 1, 1.0),
-    "logits_scaling": (None, 1, 1.0),
-    "no_rope_layers": (None, []),
-    "num_experts": (None, 0),
-    "num_local_experts": (None, 0),
-    "partial_rotary_factor": (None, 1, 1.0),
-    "query_pre_attn_scalar": (None,),
-    "residual_multiplier": (None, 1, 1.0),
-    "use_qk_norm": (None, False),
-}
-
-
-@dataclass(frozen=True)
-class RopeParameters:
-    """Rotary position embedding: base frequency, how it is scaled, and the fields of that scaling."""
-
-    theta: float
-    type: RopeType
-    fields: Mapping[str, Any]
-
-    def number(self, name: str, default: float | None = None) -> float:
-        """A field of the scaling. Raises CheckpointError if it is missing without a default, or no number."""
-        value = self.fields.get(name)
-        return _number(f"rope_parameters.{name}", default if value is None else value)
+# Configs of the other parts of a multimodal checkpoint, whose text part is converted.
+_SUB_CONFIGS = ("text_config", "vision_config", "audio_config")
 
 
 class Hparams:
-    """The fields of a config that describe the text model.
+    """The fields of a config that describe the text model, under the names of LlamaConfig and its kin.
 
-    Getters raise CheckpointError, naming the field, where a value is missing or has the wrong type.
+    Getters raise CheckpointError, naming the field, where a value is missing or has the wrong type. Each remembers
+    what was asked for: a field that changes the computation and that nobody read is refused (`refuse_unread`).
     """
 
-    def __init__(self, config: Mapping[str, Any], defaults: Mapping[str, object]) -> None:
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        defaults: Mapping[str, object],
+        aliases: Mapping[str, str] | None = None,
+    ) -> None:
         text = config.get("text_config")
         self._fields: dict[str, Any] = {**config, **text} if isinstance(text, Mapping) else dict(config)
         self._defaults = defaults
+        self._aliases = aliases or {}
+        self._read: set[str] = set()
+
+    @property
+    def is_multimodal(self) -> bool:
+        """Whether the checkpoint has other parts than the text model."""
+        return any(name in self._fields for name in _SUB_CONFIGS)
 
     def get(self, name: str) -> Any:
-        value = self._fields.get(name)
-        return self._defaults.get(name) if value is None else value
+        """A field, in any of its spellings; its default if it is missing or null."""
+        spellings = (self._aliases[name],) if name in self._aliases else (name, *ALIASES.get(name, ()))
+        self._read.update(spellings)
+        for spelling in spellings:
+            if (value := self._fields.get(spelling)) is not None:
+                return value
+        return self._defaults.get(name)
+
+    def has(self, name: str) -> bool:
+        return self.get(name) is not None
 
     def integer(self, name: str) -> int:
         """A positive integer below 2^31."""
+        value = self.natural(name)
+        if value == 0:
+            raise CheckpointError(f"config.json: {name!r} is 0, out of range", field=name)
+        return value
+
+    def natural(self, name: str) -> int:
+        """An integer from 0 to 2^31."""
         value = self.get(name)
         if value is None:
             raise CheckpointError(f"config.json has no {name!r}", field=name)
-        # bool is an int for Python; 4096.0 is written by some tools
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1:
-            raise CheckpointError(f"config.json: {name!r} is {_shown(value)}, not an integer", field=name)
-        if not 0 < value < 2**31:
-            raise CheckpointError(f"config.json: {name!r} is {_shown(value)}, out of range", field=name)
-        return int(value)
+        return _natural(name, value)
+
+    def naturals(self, name: str) -> list[int]:
+        """A list of integers from 0 to 2^31, such as one a block."""
+        return [_natural(name, value) for value in self.items(name)]
 
     def number(self, name: str) -> float:
-        return _number(name, self.get(name))
+        return number_of(name, self.get(name))
+
+    def numbers(self, name: str) -> list[float]:
+        return [number_of(name, value) for value in self.items(name)]
 
     def flag(self, name: str) -> bool:
         return self.get(name) is True
+
+    def text(self, name: str) -> str:
+        value = self.get(name)
+        if not isinstance(value, str):
+            raise CheckpointError(f"config.json: {name!r} is {shown(value)}, not a text", field=name)
+        return value
+
+    def items(self, name: str) -> list[Any]:
+        """A list of at most as many items as a model has blocks, or a few."""
+        value = self.get(name)
+        if not isinstance(value, list) or len(value) > 1 << 16:
+            raise CheckpointError(f"config.json: {name!r} is {shown(value)}, not a list", field=name)
+        return value
 
     @property
     def n_layers(self) -> int:
@@ -115,68 +121,61 @@ class Hparams:
         return hidden // self.n_heads
 
     @property
+    def rotary_dim(self) -> int:
+        """The rows of a head that are rotated: all of them, or the part that `partial_rotary_factor` says."""
+        self._read.add("rotary_dim")
+        return int(self.head_dim * self.rope.partial)
+
+    @property
     def rope(self) -> RopeParameters:
-        """`rope_parameters` (transformers 5), or `rope_theta` with `rope_scaling` (transformers 4).
+        """Of full attention. Raises UnsupportedError for a scaling that is not known, by name."""
+        return self.rope_of("full_attention")
 
-        Raises UnsupportedError for a scaling that is not known, by name.
-        """
-        fields = self.get("rope_parameters") or self.get("rope_scaling") or {}
-        if not isinstance(fields, Mapping):
-            raise CheckpointError(f"config.json: the rope parameters are {_shown(fields)}, not an object")
-        name = str(fields.get("rope_type") or fields.get("type") or "default").lower()
-        if fields.get("partial_rotary_factor") not in (None, 1):
-            raise UnsupportedError(
-                f"config.json: 'partial_rotary_factor' is {_shown(fields['partial_rotary_factor'])}, "
-                "which this architecture does not compute",
-                hint="A file made from it would answer wrongly.",
-                field="partial_rotary_factor",
-            )
-        for known in _ROPE_TYPES:
-            if name == known:
-                theta = fields.get("rope_theta")
-                merged = dict(fields)
-                outer = self.get("original_max_position_embeddings")
-                if outer is not None:
-                    merged.setdefault("original_max_position_embeddings", outer)
-                theta = _number("rope_theta", self.get("rope_theta") if theta is None else theta)
-                return RopeParameters(theta, known, merged)
-        raise UnsupportedError(
-            f"rope scaling {name[:80]!r} is not supported",
-            hint=f"Known scalings: {', '.join(_ROPE_TYPES)}.",
-            rope_type=name,
-        )
+    def rope_of(self, kind: str) -> RopeParameters:
+        """The rotary embedding of one kind of attention, where a config tells them apart, else of all."""
+        return read_rope(self, kind)
 
-    def refuse_unknown_computation(self) -> None:
-        """Raise UnsupportedError for a field whose value changes the computation and that nothing here reads."""
-        if self.get("quantization_config"):
-            method = self.get("quantization_config")
+    def require(self, requirements: Mapping[str, tuple[object, ...]]) -> None:
+        """Raise UnsupportedError for a field with a value that the family does not compute."""
+        for name, allowed in requirements.items():
+            value = self.get(name)
+            if not any(value == known and type(value) is type(known) for known in allowed):
+                raise _refused(name, value)
+
+    def refuse_unread(self, ignored: Iterable[str] = ()) -> None:
+        """Raise UnsupportedError for a field that may change the computation and that nobody has read."""
+        for name, value in self._fields.items():
+            if name in self._read or name in ignored or name in _SUB_CONFIGS or is_inert(name):
+                continue
+            if not is_neutral(name, value):
+                raise _refused(name, value)
+        partial = self.rope.partial
+        if partial != 1 and "rotary_dim" not in self._read and "partial_rotary_factor" not in ignored:
+            raise _refused("partial_rotary_factor", partial)
+
+    def refuse_quantized(self) -> None:
+        """Raise UnsupportedError for a checkpoint whose weights are quantized."""
+        method = self.get("quantization_config")
+        if method:
             name = method.get("quant_method", "?") if isinstance(method, Mapping) else "?"
             raise UnsupportedError(
                 f"the checkpoint is quantized ({str(name)[:40]!r})",
                 hint="Convert the original bf16, f16 or f32 checkpoint.",
             )
-        if self.flag("use_sliding_window"):
-            raise UnsupportedError("config.json: 'use_sliding_window' is true, which llama.cpp does not compute here")
-        layer_types = self.get("layer_types") or []
-        if isinstance(layer_types, list) and any(kind != "full_attention" for kind in layer_types):
-            raise UnsupportedError("config.json: 'layer_types' has other layers than 'full_attention'")
-        for name, neutral in _NEUTRAL.items():
-            value = self.get(name)
-            if not any(value == known and type(value) is type(known) for known in neutral):
-                raise UnsupportedError(
-                    f"config.json: {name!r} is {_shown(value)}, which this architecture does not compute",
-                    hint="A file made from it would answer wrongly.",
-                    field=name,
-                )
 
 
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
-        raise CheckpointError(f"config.json: {name!r} is {_shown(value)}, not a number", field=name)
-    if not abs(value) <= _MAX_FLOAT:
-        raise CheckpointError(f"config.json: {name!r} is {_shown(value)}, out of range", field=name)
-    return float(value)
+def _refused(name: str, value: object) -> UnsupportedError:
+    return UnsupportedError(
+        f"config.json: {name[:80]!r} is {shown(value)}, which this architecture does not compute",
+        hint="A file made from it could answer wrongly. If it changes nothing in this model: --ignore-field NAME.",
+        field=name,
+    )
 
 
-def _shown(value: object) -> str:
-    return "missing" if value is None else repr(value)[:80]
+def _natural(name: str, value: Any) -> int:
+    # bool is an int for Python; 4096.0 is written by some tools
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1:
+        raise CheckpointError(f"config.json: {name!r} is {shown(value)}, not an integer", field=name)
+    if not 0 <= value < 2**31:
+        raise CheckpointError(f"config.json: {name!r} is {shown(value)}, out of range", field=name)
+    return int(value)

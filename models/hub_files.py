@@ -17,12 +17,17 @@ DEFAULT_FILE_TYPE = "Q4_K_M"
 
 _REF = re.compile(r"([A-Za-z0-9][\w.-]{0,95})/([A-Za-z0-9][\w.-]{0,95})(?::([A-Za-z0-9_-]{1,24}))?", re.ASCII)
 _CHECKPOINT_FILES = (
-    "config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer.model",
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model",
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-_SHARDS = ("model*.safetensors", "*.safetensors")
-"""The first pattern that matches anything: some repositories hold the same weights twice, as `consolidated` too."""
+_SHARDS = (
+    ("model*.safetensors", "model.safetensors.index.json"),
+    ("*.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
+)
+"""Shards and their index. The first pattern that matches anything: many repositories hold the same weights twice, as
+`consolidated` or for PyTorch too."""
 _TYPE_IN_NAME = re.compile(
     r"(?:^|[-._/])((?:UD-)?(?:I?Q\d+_[A-Z0-9_]+|TQ\d_0|MXFP4(?:_MOE)?|BF16|F16|F32))(?=[-._/]|$)", re.IGNORECASE
 )
@@ -74,14 +79,18 @@ def parse_ref(text: str) -> HubRef | None:
 
 
 def pick_checkpoint(listing: Listing) -> list[HubFile]:
-    """What a conversion needs of a repository, and nothing else: no .bin, no .onnx, nothing in folders.
+    """What a conversion needs of a repository, and nothing else: no weights twice, no .onnx, nothing in folders.
 
     Raises HubError.
     """
-    shards: list[HubFile] = next(filter(None, map(listing.matching, _SHARDS)), [])
-    wanted = [file for file in listing.files if file.name in _CHECKPOINT_FILES] + shards
-    for missing, there in (("config.json", wanted), ("*.safetensors", shards)):
-        if not any(fnmatch(file.name, missing) for file in there):
+    matches = ((listing.matching(pattern), index) for pattern, index in _SHARDS)
+    shards, index = next((match for match in matches if match[0]), ([], ""))
+    wanted = [file for file in listing.files if file.name in (*_CHECKPOINT_FILES, index)] + shards
+    for missing, there in (
+        ("config.json", any(file.name == "config.json" for file in wanted)),
+        ("*.safetensors and no pytorch_model*.bin", bool(shards)),
+    ):
+        if not there:
             raise HubError(
                 f"{listing.ref.repo} has no {missing}, so it is no checkpoint that can be converted",
                 hint="Look for another repository of this model, one with safetensors or GGUF files.",

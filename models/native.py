@@ -275,21 +275,30 @@ def _kv_overrides(values: Mapping[str, int | str]) -> Any:
 
 
 def forward_pass(
-    path: Path, tokens: Sequence[int], *, threads: int, overrides: Mapping[str, int | str] | None = None
+    path: Path,
+    tokens: Sequence[int],
+    *,
+    threads: int,
+    overrides: Mapping[str, int | str] | None = None,
+    adapter: Path | None = None,
 ) -> NDArray[np.float32]:
     """Logits [n_vocab] of the last of `tokens`, computed on the CPU from the mapped file.
 
     Private memory stays small: the weights are neither copied nor repacked. The cache is F32 and attention is
     computed step by step, so that the logits can be held against those of another implementation. `overrides` are
-    metadata taken instead of the file's. Raises LoadError and GenerationError.
+    metadata taken instead of the file's; a LoRA `adapter` is applied. Raises LoadError and GenerationError.
     """
     if not tokens:
         raise ValueError("a forward pass needs at least one token")
-    return run_interruptibly(lambda: _forward_pass(path, tokens, threads, overrides))
+    return run_interruptibly(lambda: _forward_pass(path, tokens, threads, overrides, adapter))
 
 
 def _forward_pass(
-    path: Path, tokens: Sequence[int], threads: int, overrides: Mapping[str, int | str] | None
+    path: Path,
+    tokens: Sequence[int],
+    threads: int,
+    overrides: Mapping[str, int | str] | None,
+    adapter: Path | None,
 ) -> NDArray[np.float32]:
     import numpy as np
 
@@ -312,6 +321,12 @@ def _forward_pass(
             if not context:
                 said = "; ".join(log.problems())
                 raise LoadError(f"llama.cpp cannot make a context for {path.name}: {said}", path=path)
+            if adapter is not None:
+                lora = lib.llama_adapter_lora_init(model, os.fsencode(adapter))
+                one, scale = (lib.llama_adapter_lora_p_ctypes * 1)(lora), (ctypes.c_float * 1)(1.0)
+                if not lora or lib.llama_set_adapters_lora(context, one, 1, scale) != 0:
+                    said = "; ".join(log.problems())
+                    raise LoadError(f"llama.cpp cannot apply {adapter.name} to {path.name}: {said}", path=adapter)
             ids = (ctypes.c_int32 * len(tokens))(*tokens)
             status = lib.llama_decode(context, lib.llama_batch_get_one(ids, len(tokens)))
             if status != 0:

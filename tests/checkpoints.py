@@ -278,6 +278,18 @@ def starter_checkpoint(folder: Path, starter: Path, *, blocks: int = 30, shards:
         "use_cache": True,
         "vocab_size": keys["llama.vocab_size"],
     }
+    write_json(folder / "config.json", config)
+    _write_starter_tokenizer(folder, keys)
+    write_shards(folder, _starter_tensors(reader, config), shards)
+    return folder
+
+
+def write_starter_tokenizer(folder: Path, starter: Path) -> None:
+    """SmolLM2's tokenizer of 49,152 tokens: byte-level BPE, with a chat template."""
+    _write_starter_tokenizer(folder, {k: field.contents() for k, field in gguf.GGUFReader(starter).fields.items()})
+
+
+def _write_starter_tokenizer(folder: Path, keys: Mapping[str, Any]) -> None:
     tokenizer_config: Json = {
         "add_prefix_space": False,
         "bos_token": "<|im_start|>",
@@ -288,11 +300,8 @@ def starter_checkpoint(folder: Path, starter: Path, *, blocks: int = 30, shards:
         "unk_token": "<|endoftext|>",
     }
     (folder / "chat_template.jinja").write_text(keys["tokenizer.chat_template"], encoding="utf-8")
-    write_json(folder / "config.json", config)
     write_json(folder / "tokenizer_config.json", tokenizer_config)
     write_json(folder / "tokenizer.json", _byte_level_tokenizer(keys))
-    write_shards(folder, _starter_tensors(reader, config), shards)
-    return folder
 
 
 _HF_PARTS = {

@@ -166,7 +166,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "tensor missing": (tensors(lambda t: t.pop("model.layers.1.mlp.up_proj.weight")), "blk.1.ffn_up.weight"),
     "tensor nobody asked for": (tensors(lambda t: t.update(stray=t["model.norm.weight"])), "'stray' in model-0000"),
     "NaN": (tensors(lambda t: t["model.norm.weight"].fill(0x7FC0)), "'model.norm.weight'"),
-    "unknown rope": (config(rope_parameters={"rope_type": "longrope"}), "rope scaling 'longrope' is not supported"),
+    "unknown rope": (config(rope_parameters={"rope_type": "ntk"}), "rope scaling 'ntk' is not supported"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer"),
     "tokenizer not JSON": (content("tokenizer.json", b"\x00"), "tokenizer.json is not JSON"),
     "too many tokens": (tokenizer(lambda t: t["model"]["vocab"].update(extra=320)), "ids up to 320"),

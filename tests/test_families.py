@@ -13,6 +13,9 @@ import models.families
 from models.errors import UnsupportedError
 from models.families import ModelFamily, family_of, registry
 
+SHARED = ("keys", "passes", "vocabulary")
+"""Modules that are no family: what families are made of."""
+
 
 @pytest.mark.parametrize(
     ("architecture", "gguf_arch"),
@@ -41,17 +44,11 @@ def test_gguf_has_every_architecture() -> None:
     assert {family.gguf_arch for family in registry().values()} <= set(gguf.MODEL_ARCH_NAMES.values())
 
 
-def test_every_default_is_a_field_that_is_read() -> None:
-    for family in registry().values():
-        assert {"max_position_embeddings", "rms_norm_eps", "rope_theta"} <= set(family.defaults)
-
-
-def test_a_family_costs_one_short_file() -> None:
-    for path in Path(models.families.__path__[0]).glob("[a-z]*.py"):
-        n_families = path.read_text().count("ModelFamily(")
-        if path.name == "vocabulary.py":
-            continue
-        assert len(path.read_text().splitlines()) < 20 * n_families
+def test_a_family_costs_a_few_lines() -> None:
+    """Comments, docstrings and imports included, over all that are there."""
+    lines = sum(len(path.read_text().splitlines()) for path in Path(models.families.__path__[0]).glob("[a-z]*.py"))
+    lines -= sum(len((Path(models.families.__path__[0]) / f"{name}.py").read_text().splitlines()) for name in SHARED)
+    assert lines < 20 * len({id(family) for family in registry().values()})
 
 
 def test_two_families_may_not_claim_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.errors import CheckpointError, UnsupportedError
+from models.families import keys
+from models.families.keys import COMMON
 from models.hparams import Hparams
 from tests.checkpoints import message_of, quick, tiny_config
 
@@ -26,10 +28,10 @@ def shown(value: object) -> str:
 def test_reads_fields_and_defaults() -> None:
     config = tiny_config()
     del config["rms_norm_eps"], config["rope_parameters"]
-    read = Hparams(config, DEFAULTS)
-    assert (read.n_layers, read.n_heads, read.n_heads_kv, read.head_dim) == (2, 4, 2, 16)
-    assert read.number("rms_norm_eps") == 1e-6
-    assert (read.rope.type, read.rope.theta) == ("default", 10000.0)
+    fields = Hparams(config, DEFAULTS)
+    assert (fields.n_layers, fields.n_heads, fields.n_heads_kv, fields.head_dim) == (2, 4, 2, 16)
+    assert fields.number("rms_norm_eps") == 1e-6
+    assert (fields.rope.type, fields.rope.theta) == ("default", 10000.0)
 
 
 def test_null_is_no_value() -> None:
@@ -48,8 +50,8 @@ def test_hidden_size_that_the_heads_do_not_divide() -> None:
 
 
 def test_fields_of_the_text_model_come_before_the_outer_ones() -> None:
-    read = Hparams({"hidden_size": 1, "bos_token_id": 7, "text_config": {"hidden_size": 64}}, {})
-    assert (read.integer("hidden_size"), read.integer("bos_token_id")) == (64, 7)
+    fields = Hparams({"hidden_size": 1, "bos_token_id": 7, "text_config": {"hidden_size": 64}}, {})
+    assert (fields.integer("hidden_size"), fields.integer("bos_token_id")) == (64, 7)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +125,7 @@ def test_trained_context_may_stand_outside() -> None:
     assert rope.number("original_max_position_embeddings") == 4096
 
 
-@pytest.mark.parametrize("name", ["dynamic", "longrope", "su", "mrope", "\x1b[2J" + "x" * 500])
+@pytest.mark.parametrize("name", ["ntk", "xpos", "\x1b[2J" + "x" * 500])
 def test_unknown_rope_scaling_is_refused_by_name(name: str) -> None:
     with pytest.raises(UnsupportedError, match=r"rope scaling .* is not supported") as raised:
         _ = hparams(rope_parameters={"rope_type": name}).rope
@@ -158,6 +160,8 @@ def test_a_field_that_the_scaling_needs() -> None:
         {"num_local_experts": 8},
         {"partial_rotary_factor": 0.5},
         {"no_rope_layers": [1, 0]},
+        {"norm_topk_prob": False},
+        {"an_option_of_tomorrow": 3},
         {"use_qk_norm": True},
         {"hidden_act": True},
         {"logit_scale": True},
@@ -166,26 +170,52 @@ def test_a_field_that_the_scaling_needs() -> None:
 )
 def test_unknown_computation_is_refused_by_field(fields: dict[str, object]) -> None:
     with pytest.raises(UnsupportedError, match=f"'{next(iter(fields))}' is "):
-        hparams(**fields).refuse_unknown_computation()
+        read(hparams(**fields)).refuse_unread()
+
+
+def read(fields: Hparams) -> Hparams:
+    """With all read that every family reads."""
+    for name in tiny_config():
+        if name != "hidden_act":
+            fields.get(name)
+    return fields
 
 
 def test_neutral_values_pass() -> None:
     neutral = {"logit_scale": 1.0, "num_local_experts": 0, "use_sliding_window": False, "layer_types": None}
-    hparams(**neutral).refuse_unknown_computation()
-    hparams(layer_types=["full_attention"] * 2, partial_rotary_factor=1).refuse_unknown_computation()
+    read(hparams(**neutral)).refuse_unread()
+    read(hparams(layer_types=["full_attention"] * 2, partial_rotary_factor=1)).refuse_unread()
 
 
-def test_sliding_windows_are_refused() -> None:
-    with pytest.raises(UnsupportedError, match="'use_sliding_window' is true"):
-        hparams(use_sliding_window=True).refuse_unknown_computation()
+def test_what_has_nothing_to_do_with_the_computation_passes() -> None:
+    read(hparams(image_token_id=7, attention_dropout=0.1, initializer_range=0.02, _name_or_path="x")).refuse_unread()
+
+
+def test_a_field_that_is_read_in_another_spelling_passes() -> None:
+    fields = hparams(n_embd=64)
+    fields.get("hidden_size")
+    read(fields).refuse_unread()
+
+
+def test_a_field_may_be_ignored_by_name() -> None:
+    read(hparams(an_option_of_tomorrow=3)).refuse_unread(["an_option_of_tomorrow"])
+
+
+def test_other_layers_than_full_attention_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="'layer_types'"):
-        hparams(layer_types=["full_attention", "sliding_attention"]).refuse_unknown_computation()
+        read(hparams(layer_types=["full_attention", "sliding_attention"])).refuse_unread()
+
+
+def test_values_that_a_family_requires() -> None:
+    hparams(use_sliding_window=False).require({"use_sliding_window": (None, False)})
+    with pytest.raises(UnsupportedError, match="'use_sliding_window' is True"):
+        hparams(use_sliding_window=True).require({"use_sliding_window": (None, False)})
 
 
 @pytest.mark.parametrize("value", [{"quant_method": "gptq"}, {"bits": 4}, "awq"])
 def test_quantized_checkpoints_are_refused(value: object) -> None:
     with pytest.raises(UnsupportedError, match="the checkpoint is quantized"):
-        hparams(quantization_config=value).refuse_unknown_computation()
+        hparams(quantization_config=value).refuse_quantized()
 
 
 # Any value in any field
@@ -209,19 +239,21 @@ FIELDS = (
 @quick
 @given(name=st.sampled_from(FIELDS), value=json_values)
 def test_any_value_gives_a_named_error_at_most(name: str, value: object) -> None:
-    read = hparams(**{name: value})
+    fields = hparams(**{name: value})
 
     def everything() -> None:
-        read.refuse_unknown_computation()
-        _ = read.n_layers, read.n_heads_kv, read.head_dim, read.rope.number("factor", 1.0)
-        for field in ("hidden_size", "intermediate_size", "max_position_embeddings", "vocab_size"):
-            read.integer(field)
-        read.number("rms_norm_eps")
+        fields.refuse_quantized()
+        for getter in (*COMMON.values(), keys.rotary_dim, keys.layer_types("x")):
+            getter(fields)
+        fields.refuse_unread()
 
     assert message_of(everything).isprintable()
 
 
-def test_a_partial_rotary_factor_is_refused_wherever_it_stands() -> None:
+def test_a_partial_rotary_factor_that_nobody_reads_is_refused_wherever_it_stands() -> None:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    fields = read(hparams(rope_parameters=rope))
     with pytest.raises(UnsupportedError, match="partial_rotary_factor"):
-        _ = Hparams({"rope_parameters": rope}, {}).rope
+        fields.refuse_unread()
+    assert fields.rotary_dim == 8
+    fields.refuse_unread()

@@ -29,10 +29,20 @@ CHECKPOINT = {
     "chat_template.jinja": b"{{ x }}",
     "README.md": b"no",
     "pytorch_model.bin": b"no",
+    "pytorch_model.bin.index.json": b"no",
     "consolidated.safetensors": b"no",
     "onnx/model.safetensors": b"no",
     "../../escape/config.json": b"no",
     "model\\..\\x.safetensors": b"no",
+}
+TORCH_CHECKPOINT = {
+    "config.json": b"{}",
+    "pytorch_model-00001-of-00002.bin": b"first",
+    "pytorch_model-00002-of-00002.bin": b"second",
+    "pytorch_model.bin.index.json": b"{ }",
+    "training_args.bin": b"no",
+    "model.safetensors.index.json": b"no",
+    "x/pytorch_model.bin": b"no",
 }
 NEEDED = {name for name, content in CHECKPOINT.items() if content != b"no"}
 
@@ -53,7 +63,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         "kin/one": {"small.q5_0.gguf": b"GGUF five"},
         "kin/twice": {"a-Q4_K_M.gguf": b"a", "b-Q4_K_M.gguf": b"b"},
         "kin/evil": {"CON.gguf": b"x", "x/\x1b]0;t\x07-Q8_0.gguf": b"y"},
-        "kin/bin": {"config.json": b"{}", "pytorch_model.bin": b"no"},
+        "kin/bin": dict(TORCH_CHECKPOINT),
+        "kin/pth": {"config.json": b"{}", "consolidated.00.pth": b"no"},
     }
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with serve(Hub(repos)) as running:
@@ -286,8 +297,14 @@ def test_a_page_in_place_of_a_listing(server: Hub, page: bytes) -> None:
     refuse(HubRef("kin", "check"))
 
 
-def test_no_safetensors(server: Hub) -> None:
-    assert "has no *.safetensors" in str(refuse(HubRef("kin", "bin")))
+def test_shards_of_pytorch_are_fetched_where_there_are_no_safetensors(server: Hub) -> None:
+    folder = hub.fetch_checkpoint(HubRef("kin", "bin"))
+    found = {entry.name: entry.read_bytes() for entry in folder.iterdir() if entry.name[0] != "."}
+    assert found == {name: content for name, content in TORCH_CHECKPOINT.items() if content != b"no"}
+
+
+def test_no_shards(server: Hub) -> None:
+    assert "has no *.safetensors and no pytorch_model*.bin" in str(refuse(HubRef("kin", "pth")))
 
 
 def test_no_network_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

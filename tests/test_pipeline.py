@@ -75,7 +75,7 @@ def test_a_place_that_never_comes_ends_it(write: Callable[..., bytes]) -> None:
         write(data_start=data_start)
 
 
-def test_progress_counts_the_bytes_of_the_checkpoint(plan: ConversionPlan, write: Callable[..., bytes]) -> None:
+def test_progress_counts_the_weights(plan: ConversionPlan, write: Callable[..., bytes]) -> None:
     told: list[int] = []
     callers = set()
 
@@ -85,7 +85,7 @@ def test_progress_counts_the_bytes_of_the_checkpoint(plan: ConversionPlan, write
 
     write(progress=progress)
     assert told == sorted(told)
-    assert told[-1] == plan.checkpoint.n_bytes
+    assert told[-1] == plan.n_weights
     assert callers == {threading.current_thread()}
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from runner.cli.main import build_parser
 from scripts.environment import ROOT
+from scripts.families_table import BEGIN, END, table
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(?:sh|powershell)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -41,3 +42,8 @@ def test_linked_files_exist() -> None:
     assert links
     for link in links:
         assert (ROOT / link).exists(), link
+
+
+def test_the_table_of_families_is_what_the_families_say() -> None:
+    """If it is not: python -m scripts.families_table."""
+    assert f"{BEGIN}\n\n{table()}\n\n{END}" in README

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from convert.checkpoint import Checkpoint, TensorInfo
-from convert.tensors import TensorPlan, interleave_halves, plan_tensors
-from models.errors import CheckpointError, TensorError
+from convert.checkpoint import TensorInfo
+from convert.stored import stored
+from convert.tensors import TensorPlan, plan_tensors
+from models.errors import CheckpointError, TensorError, UnsupportedError
 from models.families import family_of
-from models.hparams import Hparams
 from tests.checkpoints import tiny_config, tiny_tensors
 
 
@@ -23,17 +23,19 @@ def plan(
     config = tiny_config(architecture, **fields)
     shapes = {name: array.shape for name, array in tiny_tensors(config).items()} | (change or {})
     tensors = {
-        name: TensorInfo(name, "BF16", shape, Path("s"), 0, 0) for name, shape in shapes.items() if shape is not None
+        name: stored(TensorInfo(name, "BF16", shape, Path("s"), 0, 0))
+        for name, shape in shapes.items()
+        if shape is not None
     }
     family = family_of(architecture)
-    plans = plan_tensors(Checkpoint(Path("c"), config, tensors), family, Hparams(config, family.defaults))
+    plans = plan_tensors(tensors, family, family.hparams(config))
     assert len({entry.name for entry in plans}) == len(plans)
     return {entry.name: entry for entry in plans}
 
 
 def test_every_tensor_gets_the_name_of_llama_cpp() -> None:
     plans = plan(num_hidden_layers=1)
-    assert {name: entry.source.name for name, entry in plans.items() if entry.source} == {
+    assert {name: entry.weights.name for name, entry in plans.items()} == {
         "token_embd.weight": "model.embed_tokens.weight",
         "blk.0.attn_norm.weight": "model.layers.0.input_layernorm.weight",
         "blk.0.ffn_down.weight": "model.layers.0.mlp.down_proj.weight",
@@ -53,25 +55,6 @@ def test_norms_and_biases_stay_f32() -> None:
     plans = plan("Qwen2ForCausalLM")
     kept = {name for name, entry in plans.items() if entry.keep_f32}
     assert kept == {name for name in plans if "norm" in name or name.endswith(".bias")}
-
-
-def test_only_queries_and_keys_of_interleaved_families_are_reordered() -> None:
-    reordered = {name: entry.heads for name, entry in plan(num_hidden_layers=1).items() if entry.heads}
-    assert reordered == {"blk.0.attn_q.weight": 4, "blk.0.attn_k.weight": 2}
-    assert not any(entry.heads for entry in plan("Qwen2ForCausalLM").values())
-
-
-def test_rows_of_a_head_stay_together() -> None:
-    plans = plan(attention_bias=True)
-    assert (plans["blk.0.attn_q.weight"].rows_together, plans["blk.0.attn_v.weight"].rows_together) == (16, 1)
-    assert (plans["blk.0.attn_q.bias"].heads, plans["blk.0.attn_q.bias"].n_rows) == (4, 1)
-
-
-def test_two_halves_become_neighbouring_pairs() -> None:
-    rows = np.arange(2 * 6)  # two heads of six rows
-    assert interleave_halves(rows, 2).tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
-    matrix = np.arange(24).reshape(12, 2)
-    assert interleave_halves(matrix, 2)[:, 0].tolist() == (interleave_halves(rows, 2) * 2).tolist()
 
 
 def test_buffers_that_follow_from_the_config_are_left_out() -> None:
@@ -97,8 +80,7 @@ def test_llama3_factors() -> None:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    factors = plan(rope_parameters=rope, head_dim=64)["rope_freqs.weight"].values
-    assert factors is not None
+    factors = plan(rope_parameters=rope, head_dim=64)["rope_freqs.weight"].weights.values()
     wavelengths = 2 * np.pi * 500000.0 ** (np.arange(0, 64, 2) / 64)
     assert factors.shape == (32,)
     assert (factors[wavelengths < 8192 / 4] == 1).all()
@@ -114,7 +96,7 @@ def test_llama3_factors() -> None:
     [
         {"factor": 0},
         {"factor": -8.0},
-        {"low_freq_factor": 4.0},
+        {"low_freq_factor": 5.0},
         {"original_max_position_embeddings": 0},
         {"rope_theta": 0},
         {"rope_theta": -1.0},
@@ -166,9 +148,32 @@ def test_rows_that_the_heads_do_not_divide() -> None:
 
 
 @pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.weight", "model.norm.weight", "lm_head.weight"])
-def test_a_tensor_without_dimensions_has_no_place(name: str) -> None:
+@pytest.mark.parametrize("shape", [(), (0, 64), (320, 0)], ids=str)
+def test_a_tensor_without_dimensions_or_elements_has_no_place(name: str, shape: tuple[int, ...]) -> None:
     with pytest.raises(TensorError, match=f"'{name}' in s has no place"):
-        plan(change={name: ()})
+        plan(change={name: shape})
+
+
+def test_a_tensor_of_five_dimensions() -> None:
+    with pytest.raises(TensorError, match=r"'lm_head\.weight' in s has the shape \[1, 1, 1, 320, 64\]"):
+        plan(change={"lm_head.weight": (1, 1, 1, 320, 64)})
+
+
+def test_a_dtype_that_is_not_converted() -> None:
+    config = tiny_config()
+    shapes = {name: array.shape for name, array in tiny_tensors(config).items()}
+    family = family_of("LlamaForCausalLM")
+    for name, ends_well in (("model.norm.weight", False), ("model.layers.0.self_attn.rotary_emb.inv_freq", True)):
+        dtypes = dict.fromkeys(shapes, "BF16") | {name: "F64"}
+        tensors = {
+            name: stored(TensorInfo(name, dtype, shapes.get(name, (8,)), Path("s"), 0, 0))
+            for name, dtype in dtypes.items()
+        }
+        if ends_well:
+            assert plan_tensors(tensors, family, family.hparams(config))
+        else:
+            with pytest.raises(UnsupportedError, match=rf"'{name}' in s is F64; BF16, F16 and F32 are converted"):
+                plan_tensors(tensors, family, family.hparams(config))
 
 
 def test_a_bias_that_one_block_lost() -> None:
@@ -181,3 +186,9 @@ def test_names_reach_no_terminal_as_they_are() -> None:
         plan(change={"\x1b[2J\u202e" + "x" * 10_000: (1,)})
     assert str(raised.value).isprintable()
     assert len(str(raised.value)) < 500
+
+
+def test_a_dtype_that_is_hidden_behind_arithmetic_is_refused_where_it_is_read() -> None:
+    weights = stored(TensorInfo("x", "I32", (2, 4), Path("s"), 0, 32)).mapped(lambda values: values + 1)
+    with pytest.raises(UnsupportedError, match="'x' in s is I32"):
+        weights.values()

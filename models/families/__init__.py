@@ -3,46 +3,73 @@
 A family is one `ModelFamily` value in a module of this package; the registry finds it there, so adding one is
 adding a file. What varies by checkpoint (rope scaling, tokenizer, tied embeddings, biases) is read from the
 checkpoint and is no part of a family.
+
+`keys` names the metadata that differs from what all have (`keys.COMMON`), `passes` what happens to the tensors on
+their way from the checkpoint's names to gguf's (`passes.py`). Facts: llama.cpp, conversion/*.py; transformers,
+models/*/configuration_*.py.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from types import MappingProxyType
-from typing import Literal
+from typing import Any
 
 from models.errors import UnsupportedError
 from models.families.vocabulary import DEFAULT as DEFAULT_VOCABULARY
 from models.families.vocabulary import VocabularyRules
+from models.hparams import Hparams
+from models.weights import Weights
 
-ExtraKey = Literal["vocab_size", "rope.dimension_count"]
+Value = int | float | bool | str | list[int] | list[float] | list[bool] | list[str]
+Getter = Callable[[Hparams], Value | None]
+"""The value of a metadata key; None leaves the key out. A list has one value a block, say."""
+
+Tensors = Mapping[str, Weights]
+Pass = Callable[[Tensors, Hparams], Tensors]
+"""From tensors by name to tensors by name: renamed, split, dropped, changed."""
+
+
+def _nothing() -> Mapping[str, Any]:
+    return MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class ModelFamily:
     """Models that one GGUF architecture computes.
 
-    architectures     the names in `architectures` of config.json
-    gguf_arch         llama.cpp's name, also the prefix of the metadata keys
-    defaults          what transformers assumes for a field that config.json leaves out
-    interleaved_rope  llama.cpp rotates neighbouring rows of a head, transformers its two halves: the rows of
-                      the query and key projections change places
-    head_dim_key      key and value lengths are written even where they follow from the hidden size
-    extra_keys        metadata that llama.cpp's converter writes for this architecture only
-    vocabulary        what its vocabulary has that no file of a checkpoint says
+    architectures  the names in `architectures` of config.json
+    gguf_arch      llama.cpp's name, also the prefix of the metadata keys
+    defaults       what transformers assumes for a field that config.json leaves out
+    aliases        LlamaConfig's name of a field -> what this config calls it, where `config_fields.ALIASES` errs
+    requires       field -> the only values that llama.cpp's graph computes
+    ignored        fields that do not change what a token's logits are
+    keys           metadata key without the architecture's prefix -> its value
+    passes         what is done to the tensors, one pass after the other
+    n_blocks       how many blocks the file has, if not `num_hidden_layers`
+    variant        another family for some configs of the same architecture
+    vocabulary     what its vocabulary has that no file of a checkpoint says
     """
 
     architectures: tuple[str, ...]
     gguf_arch: str
-    defaults: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
-    interleaved_rope: bool = False
-    head_dim_key: bool = False
-    extra_keys: tuple[ExtraKey, ...] = ()
+    defaults: Mapping[str, object] = field(default_factory=_nothing)
+    aliases: Mapping[str, str] = field(default_factory=_nothing)
+    requires: Mapping[str, tuple[object, ...]] = field(default_factory=_nothing)
+    ignored: tuple[str, ...] = ()
+    keys: Mapping[str, Getter] = field(default_factory=_nothing)
+    passes: tuple[Pass, ...] = ()
+    n_blocks: Callable[[Hparams], int] = lambda hparams: hparams.n_layers
+    variant: Callable[[Hparams], ModelFamily | None] = lambda hparams: None
     vocabulary: VocabularyRules = DEFAULT_VOCABULARY
+
+    def hparams(self, config: Mapping[str, Any]) -> Hparams:
+        """The reader over a config of this family."""
+        return Hparams(config, self.defaults, self.aliases)
 
 
 @cache
@@ -60,8 +87,11 @@ def registry() -> Mapping[str, ModelFamily]:
     return MappingProxyType(found)
 
 
-def family_of(architecture: str) -> ModelFamily:
-    """The family of a Hugging Face architecture. Raises UnsupportedError, which names those that are known."""
+def family_of(architecture: str, config: Mapping[str, Any] | None = None) -> ModelFamily:
+    """The family of a Hugging Face architecture; with a config, the variant of it that the config describes.
+
+    Raises UnsupportedError, which names those that are known.
+    """
     families = registry()
     if architecture not in families:
         raise UnsupportedError(
@@ -69,4 +99,5 @@ def family_of(architecture: str) -> ModelFamily:
             hint=f"Known architectures: {', '.join(sorted(families))}.",
             architecture=architecture,
         )
-    return families[architecture]
+    family = families[architecture]
+    return family if config is None else family.variant(family.hparams(config)) or family

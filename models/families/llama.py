@@ -1,26 +1,31 @@
 """Llama 1 to 3.x and its kin (Yi, SmolLM2), and Mistral, which llama.cpp computes as llama."""
 
+from dataclasses import replace
+
 from models.families import ModelFamily
 from models.families import vocabulary as rules
+from models.families.keys import head_dim, integer
+from models.families.passes import interleaved_rope
 
 # transformers, LlamaConfig
 LLAMA = ModelFamily(
     architectures=("LlamaForCausalLM", "LLaMAForCausalLM"),
     gguf_arch="llama",
     defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0},
-    interleaved_rope=True,
-    head_dim_key=True,
-    extra_keys=("vocab_size", "rope.dimension_count"),
+    keys={
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "vocab_size": integer("vocab_size"),
+        "rope.dimension_count": head_dim,
+    },
+    passes=interleaved_rope(),
+    ignored=("sliding_window", "is_llama_config"),
     vocabulary=rules.LLAMA,
 )
 
-# transformers, MistralConfig
-MISTRAL = ModelFamily(
+# transformers, MistralConfig; llama.cpp has no sliding window for it: equal up to the window, and a note says so
+MISTRAL = replace(
+    LLAMA,
     architectures=("MistralForCausalLM",),
-    gguf_arch="llama",
     defaults={"max_position_embeddings": 131072, "rms_norm_eps": 1e-6, "rope_theta": 10000.0},
-    interleaved_rope=True,
-    head_dim_key=True,
-    extra_keys=("vocab_size", "rope.dimension_count"),
-    vocabulary=rules.LLAMA,
 )

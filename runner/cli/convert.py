@@ -31,6 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the plan and the final size, write nothing")
     parser.add_argument("--force", action="store_true", help="replace a file that is already there")
     parser.add_argument("--no-check", action="store_true", help="do not try the file before it is called done")
+    parser.add_argument("--base", metavar="CHECKPOINT", help="the checkpoint that SOURCE, a LoRA adapter, belongs to")
+    parser.add_argument("--merge", action="store_true", help="fold the adapter into the model of --base")
+    parser.add_argument(
+        "--ignore-field",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="a field of config.json that is not known, and changes nothing; may be given several times",
+    )
     parser.add_argument("-j", "--threads", type=int, metavar="N", help="threads that encode (default: every core)")
     parser.add_argument("--json", action="store_true", help="the report as one JSON object on stdout")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress and no report")
@@ -54,9 +63,15 @@ def run(args: argparse.Namespace) -> int:
 
     kind = file_type(args.type) if args.type else None  # before anything is fetched
     source, name, named_type = checkpoint_source(args.source, args.quiet)
+    adapter = _adapter(args, source)
+    if adapter is not None:
+        source, base_name, named_type = checkpoint_source(args.base, args.quiet)
+        if not args.merge:
+            return _convert_adapter(args, adapter, source, name)
+        name = f"{base_name}-{name}"
     kind = kind or file_type(named_type or DEFAULT.name)
     if args.dry_run:
-        plan = plan_conversion(source, kind)
+        plan = plan_conversion(source, kind, ignored_fields=args.ignore_field, adapter=adapter)
         _print_plan(plan, as_json=args.json)
         return 0
     output = args.output or _library_place(name, kind)
@@ -68,12 +83,49 @@ def run(args: argparse.Namespace) -> int:
             force=args.force,
             check=not args.no_check,
             threads=args.threads,
+            ignored_fields=args.ignore_field,
+            adapter=adapter,
             progress=lambda stage, done, total: line.show(stage, done, total, human_bytes),
         )
-    remember_conversion(source, kind.name, output)
+    if adapter is None:
+        remember_conversion(source, kind.name, output)
     for warning in () if args.quiet else report.warnings:
         print(f"note: {printable(warning, 1000)}", file=sys.stderr)
     _print_report(report, as_json=args.json, quiet=args.quiet)
+    return 0
+
+
+def _adapter(args: argparse.Namespace, source: Path) -> Path | None:
+    """SOURCE, if it is a LoRA adapter. Raises UsageError where the options do not go with what it is."""
+    from convert.lora import is_adapter
+
+    if not is_adapter(source):
+        if args.base or args.merge:
+            raise UsageError(f"{source} is no LoRA adapter, which --base and --merge are for")
+        return None
+    if not args.base:
+        raise UsageError(
+            f"{source} is a LoRA adapter", hint="Name the checkpoint it belongs to: --base CHECKPOINT (and --merge)."
+        )
+    return source
+
+
+def _convert_adapter(args: argparse.Namespace, adapter: Path, base: Path, name: str) -> int:
+    from convert.adapter import convert_adapter
+    from convert.converter import available_cores
+    from convert.quantize import tensor_type
+
+    kind = (args.type or "F32").upper()
+    if kind not in ("F32", "F16", "BF16", "Q8_0"):
+        raise UsageError(f"--type {printable(args.type)}: an adapter is F32, F16, BF16 or Q8_0")
+    output = args.output or Path(f"{name}-{kind}.gguf")
+    threads = args.threads or available_cores()
+    report = convert_adapter(adapter, base, output, tensor_type(kind), force=args.force, threads=threads)
+    if args.json:
+        print(json.dumps({"path": str(report.path), "matrices": report.n_matrices, "bytes": report.n_bytes}))
+    elif not args.quiet:
+        print(f"an adapter of {report.n_matrices} matrices, {human_bytes(report.n_bytes)}")
+        print(printable(report.path, 4096))
     return 0
 
 

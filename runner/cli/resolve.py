@@ -177,7 +177,7 @@ def _stamp(folder: Path) -> str:
         path.stat()
         for path in folder.iterdir()
         if path.is_file()
-        and path.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt")
+        and path.suffix in (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
         and path.name[0] != "."
     ]
     newest = max((stat.st_mtime_ns for stat in stats), default=0)

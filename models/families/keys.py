@@ -1,0 +1,149 @@
+"""Metadata keys of a model's shape: getters to build them from, and the keys that every family has.
+
+Source: llama.cpp, conversion/base.py `set_gguf_parameters`; the names are those of gguf's `Keys`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from models.errors import UnsupportedError
+from models.families import Getter, Value
+from models.hparams import Hparams
+
+# gguf.ExpertGatingFuncType
+_GATING = {"softmax": 1, "sigmoid": 2}
+
+
+def integer(name: str) -> Getter:
+    """A positive integer, if the config has it; a list of them, one a block, where a config has that."""
+    return lambda hparams: _integers(hparams, name) if hparams.has(name) else None
+
+
+def natural(name: str) -> Getter:
+    """The same, 0 included."""
+    return lambda hparams: hparams.natural(name) if hparams.has(name) else None
+
+
+def number(name: str) -> Getter:
+    """A number, if the config has it."""
+    return lambda hparams: hparams.number(name) if hparams.has(name) else None
+
+
+def flag(name: str) -> Getter:
+    """A boolean, if the config has it."""
+    return lambda hparams: hparams.flag(name) if hparams.has(name) else None
+
+
+def fixed(value: Value) -> Getter:
+    """What is the same for the whole family."""
+    return lambda hparams: value
+
+
+def absent(hparams: Hparams) -> None:
+    """Leaves out a key that other families have."""
+
+
+def head_dim(hparams: Hparams) -> int:
+    """Rows of a head, also where the config gives only the hidden size and the number of heads."""
+    return hparams.head_dim
+
+
+def rotary_dim(hparams: Hparams) -> int:
+    """Rows of a head that are rotated."""
+    return hparams.rotary_dim
+
+
+def per_layer(name: str, value: Callable[[Hparams, int], Value]) -> Getter:
+    """A list with one value a block, from the config and the number of the block; left out without field `name`."""
+    return lambda hparams: [value(hparams, block) for block in range(hparams.n_layers)] if hparams.has(name) else None  # type: ignore[return-value]
+
+
+def layer_types(kind: str) -> Getter:
+    """True for each block whose `layer_types` is `kind`."""
+    return lambda hparams: [entry == kind for entry in hparams.items("layer_types")]
+
+
+def rope_number(name: str, types: tuple[str, ...] = ("yarn",)) -> Getter:
+    """A field of the rope scaling, if it is of these types and has it."""
+
+    def value(hparams: Hparams) -> float | None:
+        rope = hparams.rope
+        return rope.number(name) if rope.type in types and rope.has(name) else None
+
+    return value
+
+
+def _integers(hparams: Hparams, name: str) -> Value:
+    return hparams.naturals(name) if isinstance(hparams.get(name), list) else hparams.integer(name)
+
+
+def _given_head_dim(hparams: Hparams) -> int | None:
+    return hparams.head_dim if hparams.has("head_dim") else None
+
+
+def _scaling_type(hparams: Hparams) -> str | None:
+    kind = hparams.rope.type
+    return kind if kind in ("linear", "yarn", "longrope") else None
+
+
+def _trained_context(hparams: Hparams) -> int | None:
+    rope = hparams.rope
+    return int(rope.number("original_max_position_embeddings")) if rope.type == "yarn" else None
+
+
+def _factor(hparams: Hparams) -> float | None:
+    rope = hparams.rope
+    return rope.number("factor") if rope.type in ("linear", "yarn") else None
+
+
+def _attention_factor(hparams: Hparams) -> float | None:
+    rope = hparams.rope
+    name = "attention_factor" if rope.has("attention_factor") else "attn_factor"
+    return rope.number(name) if rope.type == "yarn" and rope.has(name) else None
+
+
+def _theta(hparams: Hparams) -> float | None:
+    return hparams.rope.theta if hparams.rope.theta > 0 else None
+
+
+def _gating(hparams: Hparams) -> int | None:
+    if not hparams.has("scoring_func"):
+        return None
+    name = hparams.text("scoring_func")
+    if name not in _GATING:
+        raise UnsupportedError(
+            f"config.json: 'scoring_func' is {name[:80]!r}, which llama.cpp does not compute",
+            hint=f"Known: {', '.join(_GATING)}.",
+            field="scoring_func",
+        )
+    return _GATING[name]
+
+
+COMMON: Mapping[str, Getter] = {
+    "context_length": integer("max_position_embeddings"),
+    "embedding_length": integer("hidden_size"),
+    "feed_forward_length": integer("intermediate_size"),
+    "attention.head_count": integer("num_attention_heads"),
+    "attention.head_count_kv": lambda hparams: (
+        _integers(hparams, "num_key_value_heads") if hparams.has("num_key_value_heads") else hparams.n_heads
+    ),
+    "rope.scaling.type": _scaling_type,
+    "rope.scaling.factor": _factor,
+    "rope.scaling.original_context_length": _trained_context,
+    "rope.scaling.yarn_ext_factor": rope_number("extrapolation_factor"),
+    "rope.scaling.yarn_attn_factor": _attention_factor,
+    "rope.scaling.yarn_beta_fast": rope_number("beta_fast"),
+    "rope.scaling.yarn_beta_slow": rope_number("beta_slow"),
+    "rope.freq_base": _theta,
+    "attention.layer_norm_rms_epsilon": number("rms_norm_eps"),
+    "attention.layer_norm_epsilon": number("layer_norm_eps"),
+    "expert_count": natural("num_experts"),
+    "expert_used_count": integer("num_experts_per_tok"),
+    "expert_group_count": natural("n_group"),
+    "expert_group_used_count": natural("topk_group"),
+    "expert_gating_func": _gating,
+    "attention.key_length": _given_head_dim,
+    "attention.value_length": _given_head_dim,
+}
+"""Key -> value for a Llama-like model, in the order of llama.cpp's converter. A family's own `keys` go over these."""
