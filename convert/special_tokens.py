@@ -80,7 +80,7 @@ def _ends(*values: object) -> list[int]:
     return list(dict.fromkeys(i for i in listed if type(i) is int and 0 <= i < 2**31))
 
 
-def add_family_roles(special: SpecialTokens, rules: VocabularyRules, tokens: Sequence[bytes]) -> None:
+def add_family_roles(path: Path, special: SpecialTokens, rules: VocabularyRules, tokens: Sequence[bytes]) -> None:
     """What the rules of a family say beyond the files. `tokens` by id: a rule for an absent token does not hold."""
     wanted = {text.encode() for text in (*rules.special.values(), *rules.overrides.values())}
     ids = {token: i for i, token in enumerate(tokens) if token in wanted} if wanted else {}
@@ -89,6 +89,10 @@ def add_family_roles(special: SpecialTokens, rules: VocabularyRules, tokens: Seq
     for kind, text in rules.overrides.items():
         if text.encode() in ids:
             special.ids[kind] = ids[text.encode()]
+    if rules.eos_field is not None:
+        value = (read_json(path / "config.json") or {}).get(rules.eos_field)
+        if type(value) is int and 0 <= value < len(tokens):
+            special.ids["eos"] = value
     if rules.add_bos is not None:
         special.add.setdefault("bos", rules.add_bos)
 

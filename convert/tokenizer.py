@@ -84,7 +84,7 @@ def read_vocabulary(
     expected = {check_text: list(encode(check_text)) for check_text in check_texts}
     vocabulary = _first_that_fits(path, forms, expected)
     vocabulary.expected_ids = expected | vocabulary.expected_ids
-    add_family_roles(vocabulary.special, rules, vocabulary.tokens)
+    add_family_roles(path, vocabulary.special, rules, vocabulary.tokens)
     if vocabulary.model == "llama":
         vocabulary.prefix_if_absent = _is_metaspace(document)
         vocabulary.add_space_prefix = _space_prefix_key(files, vocabulary.add_space_prefix is not False)

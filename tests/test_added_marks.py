@@ -66,7 +66,7 @@ def test_a_mark_other_than_the_one_that_is_named(tmp_path: Path) -> None:
 
 
 def test_two_marks_are_more_than_llama_cpp_puts(tmp_path: Path) -> None:
-    vocabulary = read(tmp_path, document("[gMASK]", "<sop>", "A"), {"eos_token": "<|endoftext|>"}, rules.GLM)
+    vocabulary = read(tmp_path, document("[gMASK]", "<sop>", "A"), {"eos_token": "<|endoftext|>"}, rules.GLM4_MOE)
     assert vocabulary.special.ids == {"bos": 3002, "cls": 3002, "eos": 3005, "eot": 3004, "unk": 3005}
     assert "the tokenizer puts 2 special tokens before a text and 0 after it" in " ".join(vocabulary.notes)
 
@@ -143,6 +143,16 @@ def test_ids_for_one_size_of_vocabulary(tmp_path: Path) -> None:
     there = keys_of(vocabulary, VocabularyRules(special_ids=SpecialIds(3016, {"eot": 3003})))
     elsewhere = keys_of(vocabulary, VocabularyRules(special_ids=SpecialIds(3017, {"eot": 3003})))
     assert (there["eot_token_id"], "eot_token_id" in elsewhere) == (3003, False)
+
+
+def test_an_end_in_a_field_of_its_own(tmp_path: Path) -> None:
+    family = VocabularyRules(eos_field="eod_token_id")
+    assert read(tmp_path, document(), {"eos_token": "</s>"}, family, config={"eod_token_id": 3006}).special.ids == {
+        "eos": 3006
+    }
+    assert read(tmp_path, document(), {"eos_token": "</s>"}, family, config={"eod_token_id": 9999}).special.ids == {
+        "eos": 3001
+    }
 
 
 def test_types_of_a_family(tmp_path: Path) -> None:
