@@ -85,10 +85,11 @@ def token_ids(files: TokenizerFiles) -> dict[str, int]:
     path, document = files.path, files.document
     vocabulary = document["model"]["vocab"]
     added = {entry["content"]: entry.get("id") for entry in document.get("added_tokens") or []}
-    if not all(type(i) is int and i >= 0 for ids in (vocabulary, added) for i in ids.values()):
-        raise TokenizerError(f"{path / 'tokenizer.json'}: an id is not a natural number", path=path)
     if not vocabulary:
         raise TokenizerError(f"{path / 'tokenizer.json'} has no tokens", path=path)
+    numbers = [*vocabulary.values(), *added.values()]
+    if set(map(type, numbers)) != {int} or min(numbers) < 0:
+        raise TokenizerError(f"{path / 'tokenizer.json'}: an id is not a natural number", path=path)
     ids: dict[str, int] = {**vocabulary, **added}
     if max(ids.values()) < files.n_vocab:
         return ids

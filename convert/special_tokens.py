@@ -13,7 +13,7 @@ from typing import Any
 
 from convert.checkpoint import read_json, read_text
 from models.errors import TokenizerError
-from models.families.vocabulary import VocabularyRules
+from models.vocabulary_rules import VocabularyRules
 
 _TYPES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 

@@ -40,8 +40,8 @@ from convert.vocabulary import (
     translated,
 )
 from models.errors import TokenizerError
-from models.families.vocabulary import DEFAULT, VocabularyRules
 from models.text import printable
+from models.vocabulary_rules import DEFAULT, VocabularyRules
 
 __all__ = ["TokenType", "UnsupportedTokenizer", "Vocabulary", "read_vocabulary"]
 

@@ -7,7 +7,7 @@ from typing import Any
 import gguf
 
 from convert.vocabulary import Vocabulary
-from models.families.vocabulary import VocabularyRules
+from models.vocabulary_rules import VocabularyRules
 
 # Fill-in-the-middle tokens that llama.cpp does not find by their text: Mistral's, and Seed-Coder's. gguf has no
 # methods for these keys.
