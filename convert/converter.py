@@ -194,12 +194,12 @@ class _Model:
 def _open_model(source: Path, ignored_fields: Collection[str], adapter: Path | None) -> _Model:
     checkpoint = open_checkpoint(source)
     family = family_of(checkpoint.architecture, checkpoint.config)
-    hparams = family.hparams(checkpoint.config, checkpoint.tensors)
-    hparams.refuse_quantized()
-    hparams.require(family.requires)
     tensors: Tensors = {name: stored(info) for name, info in checkpoint.tensors.items()}
     if adapter is not None:
         tensors = merged(tensors, open_adapter(adapter))
+    hparams = family.hparams(checkpoint.config, tensors)
+    hparams.refuse_quantized()
+    hparams.require(family.requires)
     return _Model(checkpoint, family, hparams, plan_tensors(tensors, family, hparams), frozenset(ignored_fields))
 
 

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 from models.config_fields import ALIASES, is_inert, is_neutral
 from models.errors import CheckpointError, UnsupportedError
 from models.rope import RopeParameters, number_of, read_rope, shown
+from models.weights import Weights
 
 _MAX_HEAD_DIM = 1 << 16
 """Far above any model; as much is allocated for rope factors before llama.cpp looks at the shapes."""
@@ -31,14 +32,14 @@ class Hparams:
         config: Mapping[str, Any],
         defaults: Mapping[str, object],
         aliases: Mapping[str, str] | None = None,
-        tensor_names: Iterable[str] = (),
+        tensors: Mapping[str, Weights] | None = None,
     ) -> None:
         text = config.get("text_config")
         self._fields: dict[str, Any] = {**config, **text} if isinstance(text, Mapping) else dict(config)
         self._defaults = defaults
         self._aliases = aliases or {}
         self._read: set[str] = set()
-        self.tensor_names = frozenset(tensor_names)
+        self.tensors: Mapping[str, Weights] = tensors or {}
         """What the checkpoint has, where that tells more than its config."""
 
     @property

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from types import MappingProxyType
@@ -69,9 +69,9 @@ class ModelFamily:
     note: Callable[[Hparams], str | None] = lambda hparams: None
     vocabulary: VocabularyRules = DEFAULT_VOCABULARY
 
-    def hparams(self, config: Mapping[str, Any], tensor_names: Iterable[str] = ()) -> Hparams:
+    def hparams(self, config: Mapping[str, Any], tensors: Tensors | None = None) -> Hparams:
         """The reader over a config of this family."""
-        return Hparams(config, self.defaults, self.aliases, tensor_names)
+        return Hparams(config, self.defaults, self.aliases, tensors)
 
 
 @cache

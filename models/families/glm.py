@@ -39,7 +39,7 @@ def extra_blocks(hparams: Hparams) -> int:
     """Blocks after the last that predict further tokens, if the checkpoint has them: transformers saves none."""
     first = hparams.n_layers
     n = hparams.natural("num_nextn_predict_layers") if hparams.has("num_nextn_predict_layers") else 0
-    saved = any(name.startswith(f"model.layers.{first}.") for name in hparams.tensor_names)
+    saved = any(name.startswith(f"model.layers.{first}.") for name in hparams.tensors)
     return n if saved else 0
 
 

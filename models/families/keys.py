@@ -5,11 +5,11 @@ Source: llama.cpp, conversion/base.py `set_gguf_parameters`; the names are those
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from models.errors import UnsupportedError
 from models.families import Getter, Value
-from models.hparams import Hparams, Requirement
+from models.hparams import Hparams
 
 # gguf.ExpertGatingFuncType
 _GATING = {"softmax": 1, "sigmoid": 2}
@@ -91,7 +91,7 @@ def other_theta(usual: float) -> Getter:
     return lambda hparams: None if hparams.rope.theta == usual else hparams.rope.theta
 
 
-def every_nth(n: int, value: object, *, others: object) -> Requirement:
+def every_nth(n: int, value: object, *, others: object) -> Callable[[Hparams], tuple[object, ...]]:
     """Requires a list with `value` for each nth block, or none."""
     return lambda hparams: (None, [value if (block + 1) % n == 0 else others for block in range(hparams.n_layers)])
 
@@ -135,6 +135,14 @@ def _attention_factor(hparams: Hparams) -> float | None:
     return rope.number(name) if rope.type == "yarn" and rope.has(name) else None
 
 
+def _sections(hparams: Hparams) -> list[int] | None:
+    """How many frequencies follow time, height and width of a picture's place; all follow the place of a text."""
+    sections = hparams.rope.fields.get("mrope_section")
+    if not isinstance(sections, list) or not all(type(n) is int and 0 <= n < 1 << 16 for n in sections):
+        return None
+    return [*sections, 0, 0, 0, 0][:4]
+
+
 def _theta(hparams: Hparams) -> float | None:
     return hparams.rope.theta if hparams.rope.theta > 0 else None
 
@@ -167,6 +175,7 @@ COMMON: Mapping[str, Getter] = {
     "rope.scaling.yarn_attn_factor": _attention_factor,
     "rope.scaling.yarn_beta_fast": rope_number("beta_fast"),
     "rope.scaling.yarn_beta_slow": rope_number("beta_slow"),
+    "rope.dimension_sections": _sections,
     "rope.freq_base": _theta,
     "attention.layer_norm_rms_epsilon": number("rms_norm_eps"),
     "attention.layer_norm_epsilon": number("layer_norm_eps"),

@@ -1,8 +1,8 @@
-"""Mistral and Mixtral, which llama.cpp computes as llama, and SmolLM3."""
+"""Mistral 1 to 3, Mixtral, Ministral 3, and SmolLM3."""
 
 from dataclasses import replace
 
-from models.families.keys import every_nth
+from models.families.keys import every_nth, rope_number
 from models.families.llama import LLAMA
 
 # transformers, MistralConfig; llama.cpp has no sliding window for it: equal up to the window, and a note says so
@@ -45,4 +45,17 @@ SMOLLM3 = replace(
         "use_sliding_window": (None, False),
     },
     keys=_PLAIN_KEYS,
+)
+
+# transformers, Ministral3Config, Mistral3Config
+MISTRAL3 = replace(
+    LLAMA,
+    architectures=("Ministral3ForCausalLM", "Mistral3ForConditionalGeneration"),
+    gguf_arch="mistral3",
+    defaults={"max_position_embeddings": 262144, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "head_dim": 128},
+    keys={
+        **LLAMA.keys,
+        "rope.scaling.yarn_log_multiplier": rope_number("mscale_all_dim"),
+        "attention.temperature_scale": rope_number("llama_4_scaling_beta"),
+    },
 )

@@ -51,7 +51,7 @@ def _attention_factor(hparams: Hparams) -> float | None:
     return math.sqrt(1 + math.log(scale) / math.log(trained)) if scale > 1 else 1.0
 
 
-# transformers, Phi3Config; llama.cpp does not look at its window, which but one of the models are trained without
+# transformers, Phi3Config; llama.cpp does not look at its window: equal up to it, and a note says so
 PHI3 = ModelFamily(
     architectures=("Phi3ForCausalLM",),
     gguf_arch="phi3",
