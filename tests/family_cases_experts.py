@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tests.family_cases_dense import LLAMA3, YARN, longrope, partial
-from tests.family_checkpoints import Case
+from tests.family_checkpoints import Case, Refusal
 
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 LATENT = {"kv_lora_rank": 32, "q_lora_rank": 48, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
@@ -29,11 +29,6 @@ PHI_MOE = {
 
 CASES: Mapping[str, Case] = {
     "qwen2-moe": Case("Qwen2MoeForCausalLM", {**EXPERTS, "shared_expert_intermediate_size": 96}, tokenizer="qwen"),
-    "qwen2-moe-normed": Case(
-        "Qwen2MoeForCausalLM",
-        {**EXPERTS, "shared_expert_intermediate_size": 96, "norm_topk_prob": True},
-        tokenizer="qwen",
-    ),
     "qwen3-moe": Case("Qwen3MoeForCausalLM", {**EXPERTS, "norm_topk_prob": True, "head_dim": 32}, tokenizer="qwen"),
     "mixtral": Case(
         "MixtralForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}, tokenizer="sentencepiece"
@@ -148,3 +143,37 @@ CASES: Mapping[str, Case] = {
         ),
     ),
 }
+
+REFUSED: Mapping[str, Refusal] = {
+    "qwen2-moe-normed": Refusal(
+        Case(
+            "Qwen2MoeForCausalLM",
+            {**EXPERTS, "shared_expert_intermediate_size": 96, "norm_topk_prob": True},
+            tokenizer="qwen",
+        ),
+        "norm_topk_prob",
+    ),
+    "deepseek2-groups": Refusal(
+        Case(
+            "DeepseekV2ForCausalLM",
+            {
+                **LATENT,
+                **ROUTED,
+                "num_key_value_heads": 4,
+                "n_group": 2,
+                "topk_group": 1,
+                "topk_method": "group_limited_greedy",
+            },
+        ),
+        "topk_method",
+    ),
+    "deepseek2-lite-few-layers": Refusal(
+        Case("DeepseekV2ForCausalLM", {**LATENT, **ROUTED, "num_key_value_heads": 4, "q_lora_rank": None}),
+        "q_lora_rank",
+    ),
+    "llama4-chunks": Refusal(
+        Case("Llama4ForCausalLM", {"num_local_experts": 4, "intermediate_size_mlp": 96, "attention_chunk_size": 64}),
+        "attention_chunk_size",
+    ),
+}
+"""What llama.cpp's graphs do not compute."""

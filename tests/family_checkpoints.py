@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from benchmarks.checkpoints import write_qwen2_tokenizer
 from tests.checkpoints import INDEX, Json, edit_json, tiny_tokenizer, write_json, write_starter_tokenizer
 
-__all__ = ["TEXT", "Case", "expected_ids", "expected_logits", "make_checkpoint", "write_tokenizer"]
+__all__ = ["TEXT", "Case", "Refusal", "expected_ids", "expected_logits", "make_checkpoint", "write_tokenizer"]
 
 Tokenizer = Literal["bpe", "glm", "phi4", "qwen", "sentencepiece", "gemma", "gemma4"]
 VOCABULARY: Mapping[Tokenizer, int] = {
@@ -91,6 +91,14 @@ class Case:
     approximated: str = ""
     write: Callable[[Path], None] | None = None
     logits: Callable[[Path, Sequence[int]], NDArray[np.float32]] | None = None
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A checkpoint that llama.cpp would compute otherwise: refused, by the name of the field."""
+
+    case: Case
+    field: str
 
 
 def make_checkpoint(case: Case, folder: Path, starter: Path) -> None:
