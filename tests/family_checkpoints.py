@@ -167,7 +167,7 @@ def _perturb(model: Any) -> None:
 
     for parameter in model.parameters():
         if parameter.dim() < 2:
-            parameter.data += 0.1 * torch.randn_like(parameter)
+            parameter.data += 0.3 * torch.randn_like(parameter)
         elif parameter.std() < 0.01:
             parameter.data = 0.08 * torch.randn_like(parameter)
     for name, buffer in model.named_buffers():
