@@ -162,14 +162,16 @@ def _config(config_class: Any, fields: Mapping[str, Any], n_vocab: int) -> Any:
 
 
 def _perturb(model: Any) -> None:
-    """Norms of one, biases of zero and matrices left empty would hide a mistake."""
+    """Norms of one, biases of zero, matrices left empty and attention that is nearly even would hide a mistake."""
     import torch
 
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.dim() < 2:
             parameter.data += 0.3 * torch.randn_like(parameter)
         elif parameter.std() < 0.01:
             parameter.data = 0.08 * torch.randn_like(parameter)
+        if ".q_proj." in name or ".k_proj." in name:
+            parameter.data *= 3
     for name, buffer in model.named_buffers():
         if name.endswith(_TRAINED_BUFFERS):
             buffer += 0.1 * torch.randn_like(buffer)
