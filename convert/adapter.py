@@ -89,7 +89,7 @@ def _header(adapter: Adapter, family: ModelFamily, placed: list[PlacedTensor]) -
     writer = gguf.GGUFWriter(path=None, arch=family.gguf_arch)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    add_general(writer, adapter.path, n_parameters=0)
+    add_general(writer, adapter.path, {})
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, adapter.alpha)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     entries = [

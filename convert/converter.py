@@ -194,12 +194,12 @@ class _Model:
 def _open_model(source: Path, ignored_fields: Collection[str], adapter: Path | None) -> _Model:
     checkpoint = open_checkpoint(source)
     family = family_of(checkpoint.architecture, checkpoint.config)
-    hparams = family.hparams(checkpoint.config)
-    hparams.refuse_quantized()
-    hparams.require(family.requires)
     tensors: Tensors = {name: stored(info) for name, info in checkpoint.tensors.items()}
     if adapter is not None:
         tensors = merged(tensors, open_adapter(adapter))
+    hparams = family.hparams(checkpoint.config, tensors)
+    hparams.refuse_quantized()
+    hparams.require(family.requires)
     return _Model(checkpoint, family, hparams, plan_tensors(tensors, family, hparams), frozenset(ignored_fields))
 
 
@@ -278,7 +278,7 @@ def _header(tensors: Sequence[PlacedTensor], model: _Model, file_type_id: int, v
         model.checkpoint,
         model.family,
         model.hparams,
-        n_parameters=sum(tensor.plan.n_weights for tensor in tensors),
+        shapes={tensor.plan.name: tensor.plan.shape for tensor in tensors},
         file_type=file_type_id,
         vocabulary=vocabulary,
     )
@@ -294,6 +294,8 @@ def _header(tensors: Sequence[PlacedTensor], model: _Model, file_type_id: int, v
 def _notes(model: _Model, vocabulary: Vocabulary) -> Iterator[str]:
     """What a person should know of the file, though nothing is wrong with it."""
     yield from vocabulary.notes
+    if note := model.family.note(model.hparams):
+        yield note
     if vocabulary.special.chat_template is None:
         yield "the checkpoint has no chat template: `handmill run` continues text, `handmill chat` cannot talk"
     window = model.hparams.get("sliding_window") if "sliding_window" in model.family.ignored else None

@@ -6,6 +6,7 @@ Source: llama.cpp, conversion/base.py `set_gguf_parameters`, and the class of ea
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def build_metadata(
     family: ModelFamily,
     hparams: Hparams,
     *,
-    n_parameters: int,
+    shapes: Mapping[str, tuple[int, ...]],
     file_type: int,
     vocabulary: Vocabulary | None,
 ) -> Mapping[str, TypedValue]:
@@ -45,7 +46,7 @@ def build_metadata(
     # Only collects: a writer without a path writes nothing.
     writer = gguf.GGUFWriter(path=None, arch=family.gguf_arch)
     writer.add_type(gguf.GGUFType.MODEL)
-    add_general(writer, checkpoint.path, n_parameters)
+    add_general(writer, checkpoint.path, shapes)
     _add_hparams(writer, family, hparams)
     if vocabulary is None:
         writer.add_tokenizer_model("no_vocab")
@@ -59,18 +60,17 @@ def build_metadata(
     return keys
 
 
-def add_general(writer: gguf.GGUFWriter, path: Path, n_parameters: int) -> None:
+def add_general(writer: gguf.GGUFWriter, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Name, licence, languages and recommended sampling, out of the model card and generation_config.json."""
     # gguf tells on its logger what it makes of the names; none of it is for the person who converts
     logging.getLogger("metadata").setLevel(logging.CRITICAL)
     try:
-        metadata = gguf.Metadata.load(None, path, None, n_parameters)
+        metadata = gguf.Metadata.load(None, path, None, sum(map(math.prod, shapes.values())))
     except (yaml.YAMLError, RecursionError, UnicodeDecodeError, TypeError, AttributeError, ValueError, KeyError):
         # A model card is prose with a header; a broken one costs the names, not the conversion.
         metadata = gguf.Metadata()
     metadata.name = str(metadata.name or path.resolve().name)
-    if n_parameters:
-        metadata.size_label = metadata.size_label or gguf.size_label(n_parameters, n_parameters, 0, 0)
+    metadata.size_label = metadata.size_label or _size_label(shapes)
     generation = read_json(path / "generation_config.json") or {}
     penalty = generation.get("penalty_repeat", generation.get("repetition_penalty"))
     metadata.sampling_penalty_repeat = penalty
@@ -80,6 +80,17 @@ def add_general(writer: gguf.GGUFWriter, path: Path, n_parameters: int) -> None:
         else:
             setattr(metadata, name, _card_value(value))
     metadata.set_gguf_meta_model(writer)
+
+
+def _size_label(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """ "7B", or "8x7B" of a mixture of experts. `shapes`: of each tensor by name, outermost first."""
+    experts = {name: shape for name, shape in shapes.items() if "_exps." in name and len(shape) > 1}
+    counts = [shape[0] for shape in experts.values()]
+    total = sum(map(math.prod, shapes.values()))
+    one_expert = sum(math.prod(shape[1:]) for shape in experts.values())
+    n_experts = sum(counts) // len(counts) if counts else 0
+    shared = total - sum(map(math.prod, experts.values()))
+    return gguf.size_label(total, shared, one_expert, n_experts) if total else None
 
 
 def _card_value(value: Any) -> Any:

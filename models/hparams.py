@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
 
 from models.config_fields import ALIASES, is_inert, is_neutral
 from models.errors import CheckpointError, UnsupportedError
 from models.rope import RopeParameters, number_of, read_rope, shown
+from models.weights import Weights
 
 _MAX_HEAD_DIM = 1 << 16
 """Far above any model; as much is allocated for rope factors before llama.cpp looks at the shapes."""
+
+Requirement: TypeAlias = "tuple[object, ...] | Callable[[Hparams], tuple[object, ...]]"
+"""The values of a field that a family computes; they may follow from other fields."""
 
 # Configs of the other parts of a multimodal checkpoint, whose text part is converted.
 _SUB_CONFIGS = ("text_config", "vision_config", "audio_config")
@@ -28,12 +32,15 @@ class Hparams:
         config: Mapping[str, Any],
         defaults: Mapping[str, object],
         aliases: Mapping[str, str] | None = None,
+        tensors: Mapping[str, Weights] | None = None,
     ) -> None:
         text = config.get("text_config")
         self._fields: dict[str, Any] = {**config, **text} if isinstance(text, Mapping) else dict(config)
         self._defaults = defaults
         self._aliases = aliases or {}
         self._read: set[str] = set()
+        self.tensors: Mapping[str, Weights] = tensors or {}
+        """What the checkpoint has, where that tells more than its config."""
 
     @property
     def is_multimodal(self) -> bool:
@@ -135,10 +142,13 @@ class Hparams:
         """The rotary embedding of one kind of attention, where a config tells them apart, else of all."""
         return read_rope(self, kind)
 
-    def require(self, requirements: Mapping[str, tuple[object, ...]]) -> None:
+    def require(
+        self, requirements: Mapping[str, tuple[object, ...] | Callable[[Hparams], tuple[object, ...]]]
+    ) -> None:
         """Raise UnsupportedError for a field with a value that the family does not compute."""
         for name, allowed in requirements.items():
             value = self.get(name)
+            allowed = allowed(self) if callable(allowed) else allowed
             if not any(value == known and type(value) is type(known) for known in allowed):
                 raise _refused(name, value)
 

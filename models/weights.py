@@ -134,6 +134,15 @@ def constant(name: str, values: NDArray[np.float32]) -> Weights:
     return Weights(values.shape, "F32", name, "config.json", lambda rows, columns: matrix[rows, columns])
 
 
+def zeros(name: str, shape: tuple[int, ...]) -> Weights:
+    """A tensor of zeros, which takes no memory."""
+
+    def read(rows: Index, columns: slice) -> NDArray[np.float32]:
+        return np.zeros((len(rows), columns.stop - columns.start), np.float32)
+
+    return Weights(shape, "F32", name, "config.json", read)
+
+
 def concatenated(parts: Sequence[Weights]) -> Weights:
     """One after the other along the first dimension. Raises ValueError if their other dimensions differ."""
     first = parts[0]

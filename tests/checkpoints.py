@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -251,7 +252,7 @@ def starter_checkpoint(folder: Path, starter: Path, *, blocks: int = 30, shards:
     """The first blocks of SmolLM2-135M-Instruct in bf16, as transformers 5 writes a checkpoint."""
     folder.mkdir(parents=True)
     reader = gguf.GGUFReader(starter)
-    keys = {name: field.contents() for name, field in reader.fields.items()}
+    keys = _starter_keys(starter)
     config: Json = {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,
@@ -286,7 +287,12 @@ def starter_checkpoint(folder: Path, starter: Path, *, blocks: int = 30, shards:
 
 def write_starter_tokenizer(folder: Path, starter: Path) -> None:
     """SmolLM2's tokenizer of 49,152 tokens: byte-level BPE, with a chat template."""
-    _write_starter_tokenizer(folder, {k: field.contents() for k, field in gguf.GGUFReader(starter).fields.items()})
+    _write_starter_tokenizer(folder, _starter_keys(starter))
+
+
+@cache
+def _starter_keys(starter: Path) -> Mapping[str, Any]:
+    return {name: field.contents() for name, field in gguf.GGUFReader(starter).fields.items()}
 
 
 def _write_starter_tokenizer(folder: Path, keys: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tests.family_checkpoints import Case
+from tests.family_checkpoints import Case, Refusal
 
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
@@ -60,7 +60,6 @@ CASES: Mapping[str, Case] = {
     "qwen2-dynamic": Case("Qwen2ForCausalLM", {"rope_parameters": DYNAMIC}, tokenizer="qwen"),
     "qwen3": Case("Qwen3ForCausalLM", {"tie_word_embeddings": True}, tokenizer="qwen"),
     "qwen3-yarn": Case("Qwen3ForCausalLM", {"rope_parameters": YARN}, tokenizer="qwen", dtype="float32"),
-    "qwen3-bias": Case("Qwen3ForCausalLM", {"attention_bias": True}, tokenizer="qwen"),
     "gemma": Case("GemmaForCausalLM", tokenizer="gemma"),
     "gemma2": Case(
         "Gemma2ForCausalLM",
@@ -70,6 +69,16 @@ CASES: Mapping[str, Case] = {
     "gemma3": Case(
         "Gemma3ForCausalLM",
         {"sliding_window": 24, "num_hidden_layers": 7, "query_pre_attn_scalar": 32},
+        tokenizer="gemma",
+    ),
+    "gemma3-linear": Case(
+        "Gemma3ForCausalLM",
+        {
+            "sliding_window": 24,
+            "num_hidden_layers": 7,
+            "query_pre_attn_scalar": 32,
+            "rope_parameters": {"full_attention": LINEAR, "sliding_attention": partial(1.0)},
+        },
         tokenizer="gemma",
     ),
     "smollm3": Case("SmolLM3ForCausalLM", {"num_hidden_layers": 5}),
@@ -149,7 +158,6 @@ CASES: Mapping[str, Case] = {
         {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
         tokenizer="sentencepiece",
     ),
-    "ernie4_5-bias": Case("Ernie4_5ForCausalLM", {"use_bias": True}, tokenizer="sentencepiece"),
     "hunyuan": Case("HunYuanDenseV1ForCausalLM", {"head_dim": 32}),
     "hunyuan-dynamic": Case(
         "HunYuanDenseV1ForCausalLM",
@@ -177,3 +185,13 @@ CASES: Mapping[str, Case] = {
         tokenizer="sentencepiece",
     ),
 }
+
+REFUSED: Mapping[str, Refusal] = {
+    "qwen3-bias": Refusal(Case("Qwen3ForCausalLM", {"attention_bias": True}, tokenizer="qwen"), "attention_bias"),
+    "ernie4_5-bias": Refusal(Case("Ernie4_5ForCausalLM", {"use_bias": True}, tokenizer="sentencepiece"), "use_bias"),
+    "exaone4-few-layers": Refusal(
+        Case("Exaone4ForCausalLM", {"sliding_window": 24, "num_hidden_layers": 5}), "sliding_window"
+    ),
+    "cohere-qk-norm-few-layers": Refusal(Case("CohereForCausalLM", {"use_qk_norm": True}), "use_qk_norm"),
+}
+"""What llama.cpp's graphs do not compute."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from tests.family_cases_dense import LLAMA3, YARN, longrope, partial
-from tests.family_checkpoints import Case
+from tests.family_checkpoints import Case, Refusal
 
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 LATENT = {"kv_lora_rank": 32, "q_lora_rank": 48, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
@@ -27,13 +28,20 @@ PHI_MOE = {
     "lm_head_bias": True,
 }
 
+
+def predictor(tensors: dict[str, Any]) -> dict[str, Any]:
+    """A layer after the last that predicts one token more, with what joins it, as GLM's and DeepSeek's have it."""
+    last, added = "model.layers.2.", "model.layers.3."
+    made = {name.replace(last, added): tensor.flip(0) for name, tensor in tensors.items() if name.startswith(last)}
+    norm, embedding = tensors["model.norm.weight"], tensors["model.embed_tokens.weight"]
+    names = ("enorm", "hnorm", "shared_head.norm")
+    made |= {f"{added}{name}.weight": norm + 0.01 * i for i, name in enumerate(names)}
+    made |= {f"{added}{name}.weight": embedding + 0.01 for name in ("embed_tokens", "shared_head.head")}
+    return made | {f"{added}eh_proj.weight": embedding[: 2 * len(norm)].T}
+
+
 CASES: Mapping[str, Case] = {
     "qwen2-moe": Case("Qwen2MoeForCausalLM", {**EXPERTS, "shared_expert_intermediate_size": 96}, tokenizer="qwen"),
-    "qwen2-moe-normed": Case(
-        "Qwen2MoeForCausalLM",
-        {**EXPERTS, "shared_expert_intermediate_size": 96, "norm_topk_prob": True},
-        tokenizer="qwen",
-    ),
     "qwen3-moe": Case("Qwen3MoeForCausalLM", {**EXPERTS, "norm_topk_prob": True, "head_dim": 32}, tokenizer="qwen"),
     "mixtral": Case(
         "MixtralForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}, tokenizer="sentencepiece"
@@ -71,6 +79,13 @@ CASES: Mapping[str, Case] = {
         {**ROUTED, "rope_parameters": partial(0.5), "head_dim": 32, "attention_bias": True},
         tokenizer="glm",
     ),
+    "glm4-moe-mtp": Case(
+        "Glm4MoeForCausalLM",
+        {**ROUTED, "rope_parameters": partial(0.5), "head_dim": 32, "attention_bias": True},
+        tokenizer="glm",
+        beside=predictor,
+        edit=lambda config: config.update(num_nextn_predict_layers=1),
+    ),
     "glm4-moe-qk-norm": Case(
         "Glm4MoeForCausalLM",
         {**ROUTED, "rope_parameters": partial(0.5), "head_dim": 32, "use_qk_norm": True},
@@ -105,6 +120,12 @@ CASES: Mapping[str, Case] = {
         "DeepseekV3ForCausalLM",
         {**DEEPSEEK3, "rope_parameters": DEEPSEEK_YARN},
         edit=lambda config: config.update(scoring_func="sigmoid"),
+    ),
+    "deepseek3-mtp": Case(
+        "DeepseekV3ForCausalLM",
+        DEEPSEEK3,
+        beside=predictor,
+        edit=lambda config: config.update(scoring_func="sigmoid", num_nextn_predict_layers=1),
     ),
     "deepseek3-transformers-5": Case("DeepseekV3ForCausalLM", DEEPSEEK3),
     "olmoe": Case("OlmoeForCausalLM", {"num_experts": 8, "num_experts_per_tok": 2, "num_key_value_heads": 4}),
@@ -148,3 +169,37 @@ CASES: Mapping[str, Case] = {
         ),
     ),
 }
+
+REFUSED: Mapping[str, Refusal] = {
+    "qwen2-moe-normed": Refusal(
+        Case(
+            "Qwen2MoeForCausalLM",
+            {**EXPERTS, "shared_expert_intermediate_size": 96, "norm_topk_prob": True},
+            tokenizer="qwen",
+        ),
+        "norm_topk_prob",
+    ),
+    "deepseek2-groups": Refusal(
+        Case(
+            "DeepseekV2ForCausalLM",
+            {
+                **LATENT,
+                **ROUTED,
+                "num_key_value_heads": 4,
+                "n_group": 2,
+                "topk_group": 1,
+                "topk_method": "group_limited_greedy",
+            },
+        ),
+        "topk_method",
+    ),
+    "deepseek2-lite-few-layers": Refusal(
+        Case("DeepseekV2ForCausalLM", {**LATENT, **ROUTED, "num_key_value_heads": 4, "q_lora_rank": None}),
+        "q_lora_rank",
+    ),
+    "llama4-chunks": Refusal(
+        Case("Llama4ForCausalLM", {"num_local_experts": 4, "intermediate_size_mlp": 96, "attention_chunk_size": 64}),
+        "attention_chunk_size",
+    ),
+}
+"""What llama.cpp's graphs do not compute."""

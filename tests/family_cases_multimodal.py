@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from tests.family_cases_gemma import GEMMA4, softer
 from tests.family_cases_recurrent import DELTA_NET, EXPERTS, MROPE
 from tests.family_checkpoints import Case
 
@@ -33,6 +34,12 @@ CASES: Mapping[str, Case] = {
             "mm_tokens_per_image": 4,
         },
         tokenizer="gemma",
+    ),
+    "gemma4-vision": Case(
+        "Gemma4ForConditionalGeneration",
+        {"text_config": GEMMA4, "vision_config": {**VISION, "head_dim": 16, "num_key_value_heads": 2}},
+        tokenizer="gemma4",
+        adjust=softer,
     ),
     "mistral3": Case(
         "Mistral3ForConditionalGeneration",

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from benchmarks.checkpoints import write_qwen2_tokenizer
 from tests.checkpoints import INDEX, Json, edit_json, tiny_tokenizer, write_json, write_starter_tokenizer
 
-__all__ = ["TEXT", "Case", "expected_ids", "expected_logits", "make_checkpoint", "write_tokenizer"]
+__all__ = ["TEXT", "Case", "Refusal", "expected_ids", "expected_logits", "make_checkpoint", "write_tokenizer"]
 
 Tokenizer = Literal["bpe", "glm", "phi4", "qwen", "sentencepiece", "gemma", "gemma4"]
 VOCABULARY: Mapping[Tokenizer, int] = {
@@ -93,6 +93,14 @@ class Case:
     logits: Callable[[Path, Sequence[int]], NDArray[np.float32]] | None = None
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """A checkpoint that llama.cpp would compute otherwise: refused, by the name of the field."""
+
+    case: Case
+    field: str
+
+
 def make_checkpoint(case: Case, folder: Path, starter: Path) -> None:
     """Write the checkpoint of `case`, the same every time, in several shards where transformers makes it."""
     folder.mkdir(parents=True)
@@ -154,14 +162,16 @@ def _config(config_class: Any, fields: Mapping[str, Any], n_vocab: int) -> Any:
 
 
 def _perturb(model: Any) -> None:
-    """Norms of one, biases of zero and matrices left empty would hide a mistake."""
+    """Norms of one, biases of zero, matrices left empty and attention that is nearly even would hide a mistake."""
     import torch
 
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.dim() < 2:
-            parameter.data += 0.1 * torch.randn_like(parameter)
+            parameter.data += 0.3 * torch.randn_like(parameter)
         elif parameter.std() < 0.01:
             parameter.data = 0.08 * torch.randn_like(parameter)
+        if ".q_proj." in name or ".k_proj." in name:
+            parameter.data *= 3
     for name, buffer in model.named_buffers():
         if name.endswith(_TRAINED_BUFFERS):
             buffer += 0.1 * torch.randn_like(buffer)

@@ -27,7 +27,7 @@ def metadata(folder: Path, vocabulary: Vocabulary | None = None) -> dict[str, An
     checkpoint = open_checkpoint(folder)
     family = family_of(checkpoint.architecture)
     hparams = Hparams(checkpoint.config, family.defaults)
-    keys = build_metadata(checkpoint, family, hparams, n_parameters=115_520, file_type=15, vocabulary=vocabulary)
+    keys = build_metadata(checkpoint, family, hparams, shapes={"w": (115_520,)}, file_type=15, vocabulary=vocabulary)
     return {name: entry.value for name, entry in keys.items()}
 
 

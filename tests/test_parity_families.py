@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from convert.converter import convert_checkpoint
 from convert.file_types import file_type
+from models.errors import UnsupportedError
 from models.families import registry
 from models.gguf_file import LazyArray, read_gguf
 from models.native import forward_pass, open_vocabulary
-from tests.family_cases import CASES, DIFFERENCES, PEER_STOPS
+from tests.family_cases import CASES, DIFFERENCES, PEER_FAILS, REFUSED
 from tests.family_checkpoints import TEXT, expected_ids, expected_logits, make_checkpoint
 from tests.peer import need_peer, peer_convert
 
@@ -26,7 +27,10 @@ pytestmark = pytest.mark.parity
 NAMES = ("general.name", "general.basename", "general.finetune", "general.version", "general.description")
 """What llama.cpp guesses from the folder's name."""
 
-CONVERTED = [name for name, case in CASES.items() if case.architecture in registry()]
+PENDING = {"llama-dynamic", "qwen2-dynamic"}
+"""Cases of converted families that wait for a scaling the converter does not know yet."""
+
+CONVERTED = [name for name, case in CASES.items() if case.architecture in registry() and name not in PENDING]
 
 
 @dataclass(frozen=True)
@@ -46,14 +50,20 @@ def converted(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, starter_model: Path
 ) -> Iterator[Converted]:
     folder = tmp_path_factory.mktemp("family")
-    checkpoint, ours = folder / request.param, folder / "ours.gguf"
+    checkpoint, ours = (
+        folder / "checkpoint",
+        folder / "ours.gguf",
+    )  # a name may hold "phi3", by which llama.cpp looks for tokens
     make_checkpoint(CASES[request.param], checkpoint, starter_model)
     convert_checkpoint(checkpoint, ours, file_type("F32"))
     yield Converted(request.param, checkpoint, ours)
     shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("converted", CONVERTED, indirect=True)
+COMPUTED = [name for name in CONVERTED if not CASES[name].approximated]
+
+
+@pytest.mark.parametrize("converted", COMPUTED, indirect=True)
 def test_logits_are_those_of_transformers(converted: Converted) -> None:
     ids = expected_ids(converted.checkpoint)
     with open_vocabulary(converted.ours) as vocabulary:
@@ -65,7 +75,7 @@ def test_logits_are_those_of_transformers(converted: Converted) -> None:
         assert logits.argmax() == expected[n - 1].argmax(), f"after {n} tokens"
 
 
-@pytest.mark.parametrize("converted", [name for name in CONVERTED if name not in PEER_STOPS], indirect=True)
+@pytest.mark.parametrize("converted", [name for name in CONVERTED if name not in PEER_FAILS], indirect=True)
 def test_equals_the_converter_of_llama_cpp(converted: Converted, tmp_path: Path) -> None:
     theirs = tmp_path / "theirs.gguf"
     peer_convert(converted.checkpoint, theirs, "f32", CASES[converted.name].peer_options)
@@ -76,11 +86,23 @@ def test_equals_the_converter_of_llama_cpp(converted: Converted, tmp_path: Path)
     assert differing(our_keys, their_keys) | differing(our_tensors, their_tensors) == set(differences)
 
 
-@pytest.mark.parametrize("name", [name for name in CONVERTED if name in PEER_STOPS])
-def test_the_converter_of_llama_cpp_still_stops(name: str, tmp_path: Path, starter_model: Path) -> None:
-    make_checkpoint(CASES[name], tmp_path / name, starter_model)
-    with pytest.raises(RuntimeError, match=PEER_STOPS[name]):
-        peer_convert(tmp_path / name, tmp_path / "theirs.gguf", "f32")
+@pytest.mark.parametrize("converted", [name for name in CONVERTED if name in PEER_FAILS], indirect=True)
+def test_the_converter_of_llama_cpp_still_fails(converted: Converted, tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs.gguf"
+    try:
+        peer_convert(converted.checkpoint, theirs, "f32", CASES[converted.name].peer_options)
+    except RuntimeError:
+        return
+    assert read(converted.ours) != read(theirs)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, refusal in REFUSED.items() if refusal.case.architecture in registry()]
+)
+def test_what_llama_cpp_computes_otherwise_is_refused(name: str, tmp_path: Path, starter_model: Path) -> None:
+    make_checkpoint(REFUSED[name].case, tmp_path / "checkpoint", starter_model)
+    with pytest.raises(UnsupportedError, match=REFUSED[name].field):
+        convert_checkpoint(tmp_path / "checkpoint", tmp_path / "ours.gguf", file_type("F32"))
 
 
 def cosine(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:

@@ -174,9 +174,7 @@ def llama_3_8b(tmp_path_factory: pytest.TempPathFactory) -> Callable[[FileType],
         TensorEntry(f"{name}.weight", shape, *((0, 4 * weights[name]) if len(shape) == 1 else (30, 2 * weights[name])))
         for name, shape in shapes.items()
     ]
-    metadata = build_metadata(
-        checkpoint, family, hparams, n_parameters=sum(weights.values()), file_type=0, vocabulary=None
-    )
+    metadata = build_metadata(checkpoint, family, hparams, shapes={}, file_type=0, vocabulary=None)
     header = header_bytes(metadata, entries)
 
     def bits(kind: FileType) -> float:

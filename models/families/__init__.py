@@ -20,7 +20,7 @@ from types import MappingProxyType
 from typing import Any
 
 from models.errors import UnsupportedError
-from models.hparams import Hparams
+from models.hparams import Hparams, Requirement
 from models.vocabulary_rules import DEFAULT as DEFAULT_VOCABULARY
 from models.vocabulary_rules import VocabularyRules
 from models.weights import Weights
@@ -52,6 +52,7 @@ class ModelFamily:
     passes         what is done to the tensors, one pass after the other
     n_blocks       how many blocks the file has, if not `num_hidden_layers`
     variant        another family for some configs of the same architecture
+    note           what a person should know who converts one
     vocabulary     what its vocabulary has that no file of a checkpoint says
     """
 
@@ -59,17 +60,18 @@ class ModelFamily:
     gguf_arch: str
     defaults: Mapping[str, object] = field(default_factory=_nothing)
     aliases: Mapping[str, str] = field(default_factory=_nothing)
-    requires: Mapping[str, tuple[object, ...]] = field(default_factory=_nothing)
+    requires: Mapping[str, Requirement] = field(default_factory=_nothing)
     ignored: tuple[str, ...] = ()
     keys: Mapping[str, Getter] = field(default_factory=_nothing)
     passes: tuple[Pass, ...] = ()
     n_blocks: Callable[[Hparams], int] = lambda hparams: hparams.n_layers
     variant: Callable[[Hparams], ModelFamily | None] = lambda hparams: None
+    note: Callable[[Hparams], str | None] = lambda hparams: None
     vocabulary: VocabularyRules = DEFAULT_VOCABULARY
 
-    def hparams(self, config: Mapping[str, Any]) -> Hparams:
+    def hparams(self, config: Mapping[str, Any], tensors: Tensors | None = None) -> Hparams:
         """The reader over a config of this family."""
-        return Hparams(config, self.defaults, self.aliases)
+        return Hparams(config, self.defaults, self.aliases, tensors)
 
 
 @cache

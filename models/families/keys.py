@@ -54,14 +54,46 @@ def rotary_dim(hparams: Hparams) -> int:
     return hparams.rotary_dim
 
 
-def per_layer(name: str, value: Callable[[Hparams, int], Value]) -> Getter:
-    """A list with one value a block, from the config and the number of the block; left out without field `name`."""
-    return lambda hparams: [value(hparams, block) for block in range(hparams.n_layers)] if hparams.has(name) else None  # type: ignore[return-value]
-
-
 def layer_types(kind: str) -> Getter:
     """True for each block whose `layer_types` is `kind`."""
     return lambda hparams: [entry == kind for entry in hparams.items("layer_types")]
+
+
+def sliding_pattern(period: int, *, always: bool = False) -> Getter:
+    """True for each block that looks back a window only.
+
+    Without `layer_types` that is every block but each `period`th, which llama.cpp knows: unless `always`, the key is
+    written only where a config says otherwise.
+    """
+
+    def value(hparams: Hparams) -> list[bool] | None:
+        usual = [(block + 1) % period != 0 for block in range(hparams.n_layers)]
+        given = layer_types("sliding_attention")(hparams) if hparams.has("layer_types") else usual
+        assert isinstance(given, list)
+        return [bool(entry) for entry in given] if always or given != usual else None
+
+    return value
+
+
+def sliding_theta(hparams: Hparams) -> float:
+    """The base frequency of blocks that look back a window only. Raises UnsupportedError if that is scaled."""
+    rope = hparams.rope_of("sliding_attention")
+    if rope.type != "default":
+        raise UnsupportedError(
+            f"config.json: the rope of sliding attention is scaled ({rope.type}), which llama.cpp does not compute",
+            rope_type=rope.type,
+        )
+    return rope.theta
+
+
+def other_theta(usual: float) -> Getter:
+    """The base frequency, where it is not the one that llama.cpp assumes and its converter leaves out."""
+    return lambda hparams: None if hparams.rope.theta == usual else hparams.rope.theta
+
+
+def every_nth(n: int, value: object, *, others: object) -> Callable[[Hparams], tuple[object, ...]]:
+    """Requires a list with `value` for each nth block, or none."""
+    return lambda hparams: (None, [value if (block + 1) % n == 0 else others for block in range(hparams.n_layers)])
 
 
 def rope_number(name: str, types: tuple[str, ...] = ("yarn",)) -> Getter:
@@ -103,6 +135,14 @@ def _attention_factor(hparams: Hparams) -> float | None:
     return rope.number(name) if rope.type == "yarn" and rope.has(name) else None
 
 
+def _sections(hparams: Hparams) -> list[int] | None:
+    """How many frequencies follow time, height and width of a picture's place; all follow the place of a text."""
+    sections = hparams.rope.fields.get("mrope_section")
+    if not isinstance(sections, list) or not all(type(n) is int and 0 <= n < 1 << 16 for n in sections):
+        return None
+    return [*sections, 0, 0, 0, 0][:4]
+
+
 def _theta(hparams: Hparams) -> float | None:
     return hparams.rope.theta if hparams.rope.theta > 0 else None
 
@@ -135,6 +175,7 @@ COMMON: Mapping[str, Getter] = {
     "rope.scaling.yarn_attn_factor": _attention_factor,
     "rope.scaling.yarn_beta_fast": rope_number("beta_fast"),
     "rope.scaling.yarn_beta_slow": rope_number("beta_slow"),
+    "rope.dimension_sections": _sections,
     "rope.freq_base": _theta,
     "attention.layer_norm_rms_epsilon": number("rms_norm_eps"),
     "attention.layer_norm_epsilon": number("layer_norm_eps"),
@@ -147,3 +188,7 @@ COMMON: Mapping[str, Getter] = {
     "attention.value_length": _given_head_dim,
 }
 """Key -> value for a Llama-like model, in the order of llama.cpp's converter. A family's own `keys` go over these."""
+
+
+NO_SCALING: Mapping[str, Getter] = {key: absent for key in COMMON if key.startswith("rope.scaling.")}
+"""For families whose converter leaves the rope scaling to llama.cpp."""

@@ -1,6 +1,4 @@
-"""Llama 1 to 3.x and its kin (Yi, SmolLM2), and Mistral, which llama.cpp computes as llama."""
-
-from dataclasses import replace
+"""Llama 1 to 3.x and its kin (Yi, SmolLM2)."""
 
 from models.families import ModelFamily
 from models.families import vocabulary as rules
@@ -21,11 +19,4 @@ LLAMA = ModelFamily(
     passes=interleaved_rope(),
     ignored=("sliding_window", "is_llama_config"),
     vocabulary=rules.LLAMA,
-)
-
-# transformers, MistralConfig; llama.cpp has no sliding window for it: equal up to the window, and a note says so
-MISTRAL = replace(
-    LLAMA,
-    architectures=("MistralForCausalLM",),
-    defaults={"max_position_embeddings": 131072, "rms_norm_eps": 1e-6, "rope_theta": 10000.0},
 )

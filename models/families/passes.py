@@ -17,7 +17,6 @@ from models.families import Pass, Tensors
 from models.hparams import Hparams
 from models.weights import Index, Weights, stacked
 
-_EXPERT = re.compile(r"(?P<before>.*\.experts)\.(?P<number>\d{1,6})\.(?P<after>.+)")
 # The other parts of a multimodal checkpoint. Source: llama.cpp, conversion/base.py `TextModel.filter_tensors`.
 _OTHER_PARTS = re.compile(
     r"(mlp|vit\.|vpm\.|siglip2\.|conformer\.|merger\.|resampler\.|sound_|speech_).*"
@@ -139,31 +138,66 @@ def without_other_parts(tensors: Tensors, hparams: Hparams) -> Tensors:
     return result
 
 
+def halves(pattern: str, first: str, second: str) -> Pass:
+    """Two matrices over each other, in one tensor or in each expert's: [2n, ...] or [experts, 2n, ...]."""
+
+    def cut(weights: Weights, hparams: Hparams, match: re.Match[str]) -> Iterable[tuple[str, Weights]]:
+        n = weights.shape[-2]
+        if n % 2:
+            raise ValueError(f"{n} rows are not two halves")
+        grid = weights.grid
+        yield match.expand(first), weights.pick(grid[..., : n // 2])
+        yield match.expand(second), weights.pick(grid[..., n // 2 :])
+
+    return each(pattern, cut)
+
+
+def stack(pattern: str, replacement: str) -> Pass:
+    """Tensors that are numbered by the group `n` of a pattern become one, with a new first dimension."""
+    matches = re.compile(pattern).fullmatch
+
+    def apply(tensors: Tensors, hparams: Hparams) -> Tensors:
+        result: dict[str, Weights] = {}
+        groups: defaultdict[str, dict[int, Weights]] = defaultdict(dict)
+        for name, weights in tensors.items():
+            if match := matches(name):
+                groups[match.expand(replacement)][int(match["n"])] = weights
+            else:
+                result[name] = weights
+        for name, parts in groups.items():
+            missing = next((number for number in range(max(parts) + 1) if number not in parts), None)
+            if missing is not None:
+                raise TensorError(f"number {missing} is missing of {name}", hint="Is a shard missing?", tensor=name)
+            try:
+                result[name] = stacked([parts[number] for number in sorted(parts)])
+            except ValueError as error:
+                raise TensorError(f"the parts of {name} have different shapes", tensor=name) from error
+        return result
+
+    return apply
+
+
+_EACH_EXPERT = stack(r"(.*\.experts)\.(?P<n>\d{1,6})\.(.+)", r"\1.\3")
+_GATE_AND_UP = halves(r"(.*\.experts\.)gate_up_proj", r"\1gate_proj.weight", r"\1up_proj.weight")
+_DOWN = rename(r"(.*\.experts\.down_proj)", r"\1.weight")
+
+
 def stack_experts(tensors: Tensors, hparams: Hparams) -> Tensors:
     """One tensor for all experts of a block; gate and up that transformers 5 keeps in one come apart.
 
     Raises TensorError if one of them is missing or has another shape.
     """
-    result: dict[str, Weights] = {}
-    experts: defaultdict[str, dict[int, Weights]] = defaultdict(dict)
+    for step in (_EACH_EXPERT, _GATE_AND_UP, _DOWN):
+        tensors = step(tensors, hparams)
+    return tensors
+
+
+def without_blocks_beyond(tensors: Tensors, hparams: Hparams) -> Tensors:
+    """Leaves out what comes after the last block: layers that predict several tokens, which llama.cpp does without."""
+    last = hparams.n_layers
+    kept = {}
     for name, weights in tensors.items():
-        if match := _EXPERT.fullmatch(name):
-            experts[f"{match['before']}.{match['after']}"][int(match["number"])] = weights
-        elif name.endswith(".experts.gate_up_proj"):
-            half = weights.shape[1] // 2
-            before = name.removesuffix("gate_up_proj")
-            result[f"{before}gate_proj.weight"] = weights.pick(weights.grid[:, :half])
-            result[f"{before}up_proj.weight"] = weights.pick(weights.grid[:, half:])
-        elif name.endswith(".experts.down_proj"):
-            result[f"{name}.weight"] = weights
-        else:
-            result[name] = weights
-    for name, parts in experts.items():
-        missing = next((number for number in range(max(parts) + 1) if number not in parts), None)
-        if missing is not None:
-            raise TensorError(f"expert {missing} is missing of {name}", hint="Is a shard missing?", tensor=name)
-        try:
-            result[name] = stacked([parts[number] for number in sorted(parts)])
-        except ValueError as error:
-            raise TensorError(f"the experts of {name} have different shapes", tensor=name) from error
-    return result
+        match = re.match(r"model\.layers\.(\d{1,6})\.", name)
+        if match is None or int(match[1]) < last:
+            kept[name] = weights
+    return kept

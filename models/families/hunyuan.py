@@ -1,0 +1,74 @@
+"""Hunyuan, dense and mixture of experts."""
+
+from models.families import Getter, ModelFamily, Value
+from models.families import vocabulary as rules
+from models.families.keys import COMMON, integer
+from models.hparams import Hparams
+
+_LONG_CONTEXT = 256 * 1024
+
+
+def _if_dynamic(value: Getter, otherwise: Getter) -> Getter:
+    """Hunyuan's rope scaling of this name stretches the base frequency once for all, for a context of 256k."""
+
+    def chosen(hparams: Hparams) -> Value | None:
+        usual = otherwise(hparams)  # read in any case
+        return value(hparams) if hparams.rope.type == "dynamic" else usual
+
+    return chosen
+
+
+def _stretched(hparams: Hparams) -> float:
+    dim = hparams.head_dim
+    return float(hparams.rope.theta * hparams.rope.number("alpha", 1000) ** (dim / (dim - 2)))
+
+
+_ROPE: dict[str, Getter] = {
+    "context_length": _if_dynamic(lambda hparams: _LONG_CONTEXT, COMMON["context_length"]),
+    "rope.freq_base": _if_dynamic(_stretched, COMMON["rope.freq_base"]),
+    "rope.scaling.type": _if_dynamic(lambda hparams: "none", COMMON["rope.scaling.type"]),
+    "rope.scaling.factor": _if_dynamic(lambda hparams: 1.0, COMMON["rope.scaling.factor"]),
+    "rope.scaling.original_context_length": _if_dynamic(
+        lambda hparams: _LONG_CONTEXT, COMMON["rope.scaling.original_context_length"]
+    ),
+}
+
+
+def _same_everywhere(name: str, otherwise: str) -> Getter:
+    """A number, or a list with the same number for each block."""
+
+    def value(hparams: Hparams) -> int:
+        given = hparams.get(name)
+        if isinstance(given, list) and given and given.count(given[0]) == len(given):
+            return hparams.naturals(name)[0]
+        return hparams.natural(name if given is not None else otherwise)
+
+    return value
+
+
+# transformers, HunYuanDenseV1Config
+HUNYUAN = ModelFamily(
+    architectures=("HunYuanDenseV1ForCausalLM",),
+    gguf_arch="hunyuan-dense",
+    defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 10000.0},
+    keys={**_ROPE, "expert_count": lambda hparams: None},
+    ignored=("use_qk_norm", "num_experts"),
+)
+
+# transformers, HunYuanMoEV1Config
+HUNYUAN_MOE = ModelFamily(
+    architectures=("HunYuanMoEV1ForCausalLM",),
+    gguf_arch="hunyuan-moe",
+    defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 10000.0},
+    keys={
+        **_ROPE,
+        "expert_used_count": _same_everywhere("moe_topk", "num_experts_per_tok"),
+        "expert_feed_forward_length": _same_everywhere("moe_intermediate_size", "intermediate_size"),
+        "expert_shared_feed_forward_length": integer("intermediate_size"),
+        "expert_shared_count": lambda hparams: (
+            _same_everywhere("num_shared_expert", "")(hparams) if hparams.has("num_shared_expert") else 1
+        ),
+    },
+    ignored=("use_qk_norm", "use_mixed_mlp_moe", "moe_drop_tokens", "moe_random_routing_dropped_token"),
+    vocabulary=rules.HUNYUAN_MOE,
+)

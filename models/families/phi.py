@@ -1,0 +1,95 @@
+"""Phi 2, and Phi 3 to 4 with their mixture of experts."""
+
+import math
+from dataclasses import replace
+
+from models.families import ModelFamily
+from models.families import vocabulary as rules
+from models.families.keys import NO_SCALING, absent, other_theta, rotary_dim
+from models.hparams import Hparams
+
+# transformers, PhiConfig; llama.cpp expects a feed-forward network of four times the width, and heads without groups
+PHI2 = ModelFamily(
+    architectures=("PhiForCausalLM",),
+    gguf_arch="phi2",
+    defaults={
+        "max_position_embeddings": 2048,
+        "layer_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.5,
+        "hidden_act": "gelu_new",
+    },
+    requires={
+        "hidden_act": ("gelu_new",),
+        "qk_layernorm": (None, False),
+        "num_key_value_heads": lambda hparams: (None, hparams.n_heads),
+        "intermediate_size": lambda hparams: (None, 4 * hparams.integer("hidden_size")),
+    },
+    keys={
+        "feed_forward_length": lambda hparams: 4 * hparams.integer("hidden_size"),
+        "attention.key_length": absent,
+        "attention.value_length": absent,
+        "rope.dimension_count": rotary_dim,
+        "rope.freq_base": other_theta(10000.0),
+    },
+    vocabulary=rules.PHI2,
+)
+
+
+def _trained_context(hparams: Hparams) -> int:
+    return int(hparams.rope.number("original_max_position_embeddings", hparams.integer("max_position_embeddings")))
+
+
+def _attention_factor(hparams: Hparams) -> float | None:
+    """What transformers multiplies sine and cosine by: modeling_rope_utils.py `_compute_longrope_parameters`."""
+    rope, trained = hparams.rope, _trained_context(hparams)
+    if rope.type != "longrope":
+        return None
+    if rope.has("attention_factor"):
+        return rope.number("attention_factor")
+    scale = hparams.integer("max_position_embeddings") / trained
+    return math.sqrt(1 + math.log(scale) / math.log(trained)) if scale > 1 else 1.0
+
+
+# transformers, Phi3Config; llama.cpp does not look at its window: equal up to it, and a note says so
+PHI3 = ModelFamily(
+    architectures=("Phi3ForCausalLM",),
+    gguf_arch="phi3",
+    defaults={
+        "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+    },
+    keys={
+        **NO_SCALING,
+        "attention.key_length": absent,
+        "attention.value_length": absent,
+        "rope.scaling.original_context_length": _trained_context,
+        "rope.scaling.attn_factor": _attention_factor,
+        "rope.dimension_count": rotary_dim,
+        "attention.sliding_window": lambda hparams: (
+            hparams.natural("sliding_window") if hparams.has("sliding_window") else 0
+        ),
+    },
+    ignored=("sliding_window",),
+)
+
+# transformers, PhimoeConfig
+PHI_MOE = replace(
+    PHI3,
+    architectures=("PhiMoEForCausalLM", "PhimoeForCausalLM"),
+    gguf_arch="phimoe",
+    defaults={
+        "max_position_embeddings": 131072,
+        "original_max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "num_experts": 16,
+        "num_experts_per_tok": 2,
+    },
+    ignored=(*PHI3.ignored, "input_jitter_noise", "router_jitter_noise"),
+    note=lambda hparams: (
+        "llama.cpp weighs the experts of Phi-MoE otherwise than it was trained (sparsemixer): answers may differ"
+    ),
+)

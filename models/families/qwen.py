@@ -1,0 +1,58 @@
+"""Qwen 1.5 to 3, dense and mixtures of experts."""
+
+from dataclasses import replace
+
+from models.families import ModelFamily
+from models.families.keys import integer
+
+_NO_WINDOW = ("sliding_window", "max_window_layers")  # of a window that is not in use
+
+# transformers, Qwen2Config
+QWEN2 = ModelFamily(
+    architectures=("Qwen2ForCausalLM",),
+    gguf_arch="qwen2",
+    defaults={"max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 10000.0},
+    requires={"use_sliding_window": (None, False)},
+    ignored=_NO_WINDOW,
+)
+
+# transformers, Qwen3Config; no layer of it has biases in llama.cpp
+QWEN3 = replace(
+    QWEN2,
+    architectures=("Qwen3ForCausalLM",),
+    gguf_arch="qwen3",
+    defaults={**QWEN2.defaults, "head_dim": 128},
+    requires={**QWEN2.requires, "attention_bias": (None, False)},
+)
+
+# llama.cpp has experts in every block of these two
+_ALL_EXPERTS = {"decoder_sparse_step": (None, 1), "mlp_only_layers": (None, [])}
+
+# transformers, Qwen2MoeConfig; llama.cpp does not normalise the weights of its experts
+QWEN2_MOE = replace(
+    QWEN2,
+    architectures=("Qwen2MoeForCausalLM",),
+    gguf_arch="qwen2moe",
+    defaults={
+        **QWEN2.defaults,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+        "num_experts_per_tok": 4,
+        "num_experts": 60,
+    },
+    requires={**QWEN2.requires, **_ALL_EXPERTS, "norm_topk_prob": (None, False)},
+    keys={
+        "expert_feed_forward_length": integer("moe_intermediate_size"),
+        "expert_shared_feed_forward_length": integer("shared_expert_intermediate_size"),
+    },
+)
+
+# transformers, Qwen3MoeConfig; llama.cpp always normalises here
+QWEN3_MOE = replace(
+    QWEN3,
+    architectures=("Qwen3MoeForCausalLM",),
+    gguf_arch="qwen3moe",
+    defaults={**QWEN2.defaults, "moe_intermediate_size": 768, "num_experts_per_tok": 8, "num_experts": 128},
+    requires={**QWEN3.requires, **_ALL_EXPERTS, "norm_topk_prob": (True,)},
+    keys={"expert_feed_forward_length": integer("moe_intermediate_size")},
+)
