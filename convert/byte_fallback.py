@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from convert.byte_letters import RAW_PRETOKENIZERS
@@ -20,22 +21,16 @@ def byte_fallback_forms(files: TokenizerFiles, tokenizer: Any) -> Iterator[Vocab
     of its merge), and as BPE on characters, which has the merges but puts no space before a text.
     """
     by_merges = _read_byte_fallback(files, tokenizer)
-    by_merges.merges = merges_of(files.document, files.path)
     named = None if files.rules.bpe_model else known_pretokenizer(files, tokenizer)
     if files.rules.bpe_model == "gemma4":
-        by_merges.model, by_merges.pre = "gemma4", None
-        by_merges.scores = [-1000.0] * files.n_vocab
-        yield by_merges
+        yield replace(by_merges, model="gemma4", pre=None, scores=[-1000.0] * files.n_vocab)
         return
     if named in RAW_PRETOKENIZERS:
-        by_merges.model, by_merges.pre, by_merges.scores = "gpt2", named, []
-        yield by_merges
+        yield replace(by_merges, model="gpt2", pre=named, scores=[], add_space_prefix=None)
         return
-    by_scores = _read_byte_fallback(files, tokenizer)
-    yield by_scores
-    if not begins_with_space(files, tokenizer):
-        by_merges.model, by_merges.pre, by_merges.scores = "gpt2", "sarvam-moe", []
-        yield by_merges
+    yield replace(by_merges, merges=[])
+    if not by_merges.add_space_prefix:
+        yield replace(by_merges, model="gpt2", pre="sarvam-moe", scores=[], add_space_prefix=None)
 
 
 def begins_with_space(files: TokenizerFiles, tokenizer: Any) -> bool:
@@ -49,7 +44,8 @@ def _read_byte_fallback(files: TokenizerFiles, tokenizer: Any) -> Vocabulary:
     """As a SentencePiece vocabulary: the score of a token is minus the rank of its merge."""
     added = added_tokens(files)
     ranks: dict[bytes, int] = {}
-    for rank, merge in enumerate(merges_of(files.document, files.path)):
+    merges = merges_of(files.document, files.path)
+    for rank, merge in enumerate(merges):
         ranks.setdefault(merge.replace(b" ", b"", 1), rank)
     tokens, types = files.padding()
     scores = [-10000.0] * files.n_vocab
@@ -66,4 +62,13 @@ def _read_byte_fallback(files: TokenizerFiles, tokenizer: Any) -> Vocabulary:
             tokens[i], types[i] = piece.encode(), TokenType.NORMAL
             # a token that no merge makes is a single character, or one that BPE never gives
             scores[i] = -float(ranks.get(tokens[i], len(ranks)))
-    return Vocabulary(model="llama", pre="default", tokens=tokens, types=types, scores=scores, special=files.special)
+    return Vocabulary(
+        model="llama",
+        pre="default",
+        tokens=tokens,
+        types=types,
+        scores=scores,
+        merges=merges,
+        special=files.special,
+        add_space_prefix=begins_with_space(files, tokenizer),
+    )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from convert import pretokenizers
-from convert.pretokenizer_search import find_pretokenizer
+from convert.pretokenizer_search import PRETOKENIZERS, find_pretokenizer
 from convert.vocabulary import TokenizerFiles, TokenType, Vocabulary, too_many_tokens, translated
 from models.errors import TokenizerError
 
@@ -85,10 +85,11 @@ def token_ids(files: TokenizerFiles) -> dict[str, int]:
     path, document = files.path, files.document
     vocabulary = document["model"]["vocab"]
     added = {entry["content"]: entry.get("id") for entry in document.get("added_tokens") or []}
-    if not all(type(i) is int and i >= 0 for ids in (vocabulary, added) for i in ids.values()):
-        raise TokenizerError(f"{path / 'tokenizer.json'}: an id is not a natural number", path=path)
     if not vocabulary:
         raise TokenizerError(f"{path / 'tokenizer.json'} has no tokens", path=path)
+    numbers = [*vocabulary.values(), *added.values()]
+    if set(map(type, numbers)) != {int} or min(numbers) < 0:
+        raise TokenizerError(f"{path / 'tokenizer.json'}: an id is not a natural number", path=path)
     ids: dict[str, int] = {**vocabulary, **added}
     if max(ids.values()) < files.n_vocab:
         return ids
@@ -111,13 +112,18 @@ def merges_of(document: Mapping[str, Any], path: Path) -> list[bytes]:
 
 
 def known_pretokenizer(files: TokenizerFiles, tokenizer: Any) -> str | None:
-    """llama.cpp's name by its hash of ids, with the special tokens that stand around a text, or without."""
+    """llama.cpp's name by its hash of ids, with the special tokens that stand around a text, or without.
+
+    Some tokenizers have two names, one with BOS and one without; of these, the one that takes whole words as the
+    tokenizer does.
+    """
     with translated(files.path):
         ids = tokenizer.encode(pretokenizers.PROBE_TEXT).ids
         plain = tokenizer.encode(pretokenizers.PROBE_TEXT, add_special_tokens=False).ids
     bos = files.special.ids.get("bos")
-    for probe in ([bos, *plain] if bos is not None and files.special.add.get("bos") else ids, ids, plain):
-        name = pretokenizers.NAMES.get(sha256(str(probe).encode()).hexdigest())
-        if name is not None:
-            return None if name in pretokenizers.MISNAMED else name
-    return None
+    begun = [plain if bos is None else [bos, *plain]]
+    probes = [*begun, ids, plain] if files.special.add.get("bos") else [ids, plain, *begun]
+    names = [pretokenizers.NAMES.get(sha256(str(probe).encode()).hexdigest()) for probe in probes]
+    known = [name for name in names if name is not None and name not in pretokenizers.MISNAMED]
+    whole = files.document["model"].get("ignore_merges") is True
+    return next((name for name in known if PRETOKENIZERS.get(name) is whole), next(iter(known), None))

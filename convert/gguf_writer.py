@@ -87,6 +87,8 @@ def _value(entry: TypedValue) -> bytes:
 def _array(items: Sequence[Any]) -> bytes:
     first = items[0] if items else 0
     prefix = "<IQ"
+    if isinstance(items, bytes):
+        return struct.pack(prefix, GGUFValueType.UINT8, len(items)) + items
     if isinstance(first, (str, bytes)):
         data = [item.encode() if isinstance(item, str) else item for item in items]
         # 300,000 strings of a few lengths: each length is packed once

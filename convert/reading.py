@@ -18,8 +18,8 @@ from pathlib import Path
 from convert.added_marks import settle_ends
 from convert.tokenizer import Vocabulary, read_vocabulary
 from models.errors import HandmillError, TokenizerError
-from models.families.vocabulary import DEFAULT, VocabularyRules
 from models.text import printable
+from models.vocabulary_rules import DEFAULT, VocabularyRules
 
 DEADLINE_SECONDS = 300
 """The largest tokenizers take a few seconds; one that takes longer than this is made to."""

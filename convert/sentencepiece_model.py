@@ -83,7 +83,15 @@ def read_sentencepiece(files: TokenizerFiles, model: SentencePieceModel) -> Voca
         if i < n_vocab:
             tokens[i], types[i] = files.added_token(piece, special)
             scores[i] = -1000.0
-    return Vocabulary(model="llama", pre="default", tokens=tokens, types=types, scores=scores, special=files.special)
+    return Vocabulary(
+        model="llama",
+        pre="default",
+        tokens=tokens,
+        types=types,
+        scores=scores,
+        special=files.special,
+        add_space_prefix=model.add_dummy_prefix,
+    )
 
 
 def _decoder(files: TokenizerFiles) -> list[tuple[int, str, bool]]:

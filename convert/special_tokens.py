@@ -13,7 +13,7 @@ from typing import Any
 
 from convert.checkpoint import read_json, read_text
 from models.errors import TokenizerError
-from models.families.vocabulary import VocabularyRules
+from models.vocabulary_rules import VocabularyRules
 
 _TYPES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
@@ -72,12 +72,15 @@ def read_special_tokens(path: Path, document: Any, config: dict[str, Any] | None
 
 
 def _ends(*values: object) -> list[int]:
-    """Every token of these that ends a reply, each once."""
-    listed = [i for value in values for i in (value if isinstance(value, list) else [value])]
+    """The first of these that is a list: every token that ends a reply, each once.
+
+    A single id says no more than the tokenizer does, and where it says otherwise, llama.cpp believes the tokenizer.
+    """
+    listed: list[object] = next((value for value in values if isinstance(value, list)), [])
     return list(dict.fromkeys(i for i in listed if type(i) is int and 0 <= i < 2**31))
 
 
-def add_family_roles(special: SpecialTokens, rules: VocabularyRules, tokens: Sequence[bytes]) -> None:
+def add_family_roles(path: Path, special: SpecialTokens, rules: VocabularyRules, tokens: Sequence[bytes]) -> None:
     """What the rules of a family say beyond the files. `tokens` by id: a rule for an absent token does not hold."""
     wanted = {text.encode() for text in (*rules.special.values(), *rules.overrides.values())}
     ids = {token: i for i, token in enumerate(tokens) if token in wanted} if wanted else {}
@@ -86,6 +89,10 @@ def add_family_roles(special: SpecialTokens, rules: VocabularyRules, tokens: Seq
     for kind, text in rules.overrides.items():
         if text.encode() in ids:
             special.ids[kind] = ids[text.encode()]
+    if rules.eos_field is not None:
+        value = (read_json(path / "config.json") or {}).get(rules.eos_field)
+        if type(value) is int and 0 <= value < len(tokens):
+            special.ids["eos"] = value
     if rules.add_bos is not None:
         special.add.setdefault("bos", rules.add_bos)
 
@@ -165,14 +172,14 @@ def _read_template(path: Path) -> str | None:
 
 
 def read_chat_template(path: Path, config: dict[str, Any] | None) -> str | list[dict[str, str]] | None:
-    """The chat template: in tokenizer_config.json (transformers 4), else chat_template.jinja, else .json."""
-    template = (config or {}).get("chat_template")
+    """The chat template: a file chat_template.jinja, else in tokenizer_config.json (transformers 4), else a .json."""
+    template: Any = _read_template(path / "chat_template.jinja")
+    others = sorted((path / "additional_chat_templates").glob("*.jinja"))
+    if template is not None and others:
+        template = [{"name": "default", "template": template}]
+        template += [{"name": other.stem, "template": _read_template(other)} for other in others]
     if template is None:
-        template = _read_template(path / "chat_template.jinja")
-        others = sorted((path / "additional_chat_templates").glob("*.jinja"))
-        if template is not None and others:
-            template = [{"name": "default", "template": template}]
-            template += [{"name": other.stem, "template": _read_template(other)} for other in others]
+        template = (config or {}).get("chat_template")
     if template is None:
         template = (read_json(path / "chat_template.json") or {}).get("chat_template")
     if template is None or isinstance(template, str):

@@ -28,7 +28,13 @@ KIMI = (
     rf"[\p{{Han}}]+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}?|"
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}?|\p{{N}}{{1,3}}|" + _REST
 )
-_PATTERNS = (QWEN, CL100K, KIMI)
+_CASED = (r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]")
+O200K = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_CASED[0]}*{_CASED[1]}+{_CONTRACTION}?|"
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_CASED[0]}+{_CASED[1]}*{_CONTRACTION}?|\p{{N}}{{1,3}}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_PATTERNS = (QWEN, CL100K, O200K, KIMI)
 
 # tokenization_qwen.py of Qwen 1: these follow the ranks.
 _QWEN_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
@@ -77,7 +83,7 @@ def read_tiktoken(path: Path, config: dict[str, Any]) -> Json:
             split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
             letters = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
             tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, letters])
-            if _is_known(tokenizer, added):
+            if _is_known(tokenizer, added, config):
                 return candidate
     raise UnsupportedTokenizer(
         f"{path} does not say how a text is split, and no known way gives ids that llama.cpp knows",
@@ -86,12 +92,14 @@ def read_tiktoken(path: Path, config: dict[str, Any]) -> Json:
     )
 
 
-def _is_known(tokenizer: Any, added: list[Json]) -> bool:
+def _is_known(tokenizer: Any, added: list[Json], config: dict[str, Any]) -> bool:
     ids = tokenizer.encode(pretokenizers.PROBE_TEXT).ids
     by_text = {entry["content"]: entry["id"] for entry in added}
-    # GLM-4 begins every text with these two
-    begin = [by_text[text] for text in ("[gMASK]", "<sop>") if text in by_text]
-    return any(sha256(str(probe).encode()).hexdigest() in pretokenizers.NAMES for probe in (ids, begin + ids))
+    bos = config.get("bos_token")
+    named = bos.get("content") if isinstance(bos, dict) else bos
+    # what may stand before a text: nothing, BOS, or the two marks of GLM-4
+    begins = [[by_text[text] for text in texts if text in by_text] for texts in ((), (named,), ("[gMASK]", "<sop>"))]
+    return any(sha256(str(begin + ids).encode()).hexdigest() in pretokenizers.NAMES for begin in begins)
 
 
 def _ranks(path: Path) -> dict[bytes, int]:

@@ -29,18 +29,19 @@ from convert.tekken import CONFIG as TEKKEN_CONFIG
 from convert.tekken import read_tekken
 from convert.tiktoken_files import is_tiktoken, read_tiktoken, tiktoken_file
 from convert.unigram import sentencepiece_unigram_forms, unigram_forms
-from convert.vocab_merges import read_vocab_merges
+from convert.vocab_merges import END, read_vocab_merges
 from convert.vocabulary import (
     TokenizerFiles,
     TokenType,
     UnsupportedTokenizer,
     Vocabulary,
     check_vocabulary_shape,
+    has_every_byte,
     translated,
 )
 from models.errors import TokenizerError
-from models.families.vocabulary import DEFAULT, VocabularyRules
 from models.text import printable
+from models.vocabulary_rules import DEFAULT, VocabularyRules
 
 __all__ = ["TokenType", "UnsupportedTokenizer", "Vocabulary", "read_vocabulary"]
 
@@ -65,7 +66,8 @@ def read_vocabulary(
     text = read_text(path / "tokenizer.json")
     document = None if text is None else _document(text, path)
     model_path = _sentencepiece_path(path, document)
-    if document is None and model_path is None:
+    is_foreign = document is None and model_path is None
+    if is_foreign:
         document, config = _foreign_document(path, config)
         text = json.dumps(document)
     tokenizer = None if text is None else _load_tokenizer(path, text)
@@ -74,24 +76,23 @@ def read_vocabulary(
     files = TokenizerFiles(path, config, document or {}, special, n_vocab, rules)
     if model_path is not None:
         model = load_sentencepiece(model_path)
-        forms = _sentencepiece_forms(files, model)
+        forms = _sentencepiece_forms(files, model, tokenizer)
         encode = model.processor.EncodeAsIds if tokenizer is None else _encoder(path, tokenizer)
     else:
         forms = _document_forms(files, tokenizer)
         encode = _encoder(path, tokenizer)
     expected = {check_text: list(encode(check_text)) for check_text in check_texts}
-    vocabulary = _first_that_fits(forms, expected)
+    vocabulary = _first_that_fits(path, forms, expected)
     vocabulary.expected_ids = expected | vocabulary.expected_ids
-    add_family_roles(special, rules, vocabulary.tokens)
+    add_family_roles(path, vocabulary.special, rules, vocabulary.tokens)
     if vocabulary.model == "llama":
-        prefixes = model.add_dummy_prefix if tokenizer is None else begins_with_space(files, tokenizer)
         vocabulary.prefix_if_absent = _is_metaspace(document)
-        vocabulary.add_space_prefix = _space_prefix_key(files, prefixes)
+        vocabulary.add_space_prefix = _space_prefix_key(files, vocabulary.add_space_prefix is not False)
     elif vocabulary.model == "gemma4":
         vocabulary.add_space_prefix = rules.add_space_prefix
     elif vocabulary.model == "gpt2" and rules.reads_add_prefix_space:
         vocabulary.add_space_prefix = _flag(config.get("add_prefix_space"))
-    if tokenizer is not None:
+    if tokenizer is not None and not is_foreign:  # other forms do not say what stands around a text
         settle_added_marks(path, vocabulary, tokenizer)
     check_vocabulary_shape(path, vocabulary)
     return vocabulary
@@ -129,19 +130,27 @@ def _document_forms(files: TokenizerFiles, tokenizer: Any) -> Iterator[Vocabular
         )
 
 
-def _sentencepiece_forms(files: TokenizerFiles, model: SentencePieceModel) -> Iterator[Vocabulary]:
+def _sentencepiece_forms(files: TokenizerFiles, model: SentencePieceModel, tokenizer: Any) -> Iterator[Vocabulary]:
     vocabulary = read_sentencepiece(files, model)
+    if tokenizer is not None:  # transformers reads tokenizer.json where there are both
+        vocabulary.add_space_prefix = begins_with_space(files, tokenizer)
     if model.model_type == UNIGRAM:
         yield from sentencepiece_unigram_forms(vocabulary, model)
     else:
         yield vocabulary
 
 
-def _first_that_fits(forms: Iterable[Vocabulary], expected: dict[str, list[int]]) -> Vocabulary:
+def _first_that_fits(path: Path, forms: Iterable[Vocabulary], expected: dict[str, list[int]]) -> Vocabulary:
     """The first form on which llama.cpp gives the ids that are expected; the first of all if none does, which the
     self-check of the file then refuses. A kind with one form is not tried."""
-    iterator = iter(forms)
-    first = form = next(iterator)
+    iterator = (form for form in forms if has_every_byte(form))
+    first = form = next(iterator, None)
+    if first is None or form is None:
+        raise UnsupportedTokenizer(
+            f"the tokenizer in {path} has no tokens for single bytes: llama.cpp ends its process at a character "
+            "that it does not know",
+            path=path,
+        )
     while (following := next(iterator, None)) is not None:
         if _fits(form, expected):
             return form
@@ -176,7 +185,7 @@ def _foreign_document(path: Path, config: dict[str, Any]) -> tuple[dict[str, Any
     if ranks is not None:
         return read_tiktoken(ranks, config), config
     if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
-        return read_vocab_merges(path, config), config
+        return read_vocab_merges(path, config), {"eos_token": END, **config}
     for name, kind in _UNREAD.items():
         if (path / name).is_file():
             raise UnsupportedTokenizer(f"{path / name} is {kind}, which is not converted", path=path)

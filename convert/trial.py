@@ -21,9 +21,9 @@ from convert.special_tokens import SpecialTokens
 from convert.vocabulary import TokenType, Vocabulary, check_no_doubles
 from convert.vocabulary_keys import add_vocabulary
 from models.errors import GenerationError, LoadError, TokenizerError
-from models.families.vocabulary import DEFAULT
 from models.native import Vocabulary as NativeVocabulary
 from models.native import open_vocabulary
+from models.vocabulary_rules import DEFAULT
 
 Expected = Mapping[str, Sequence[int]]
 """Text -> the ids that the tokenizer gives for it, without the special tokens around it."""

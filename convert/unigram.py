@@ -26,9 +26,13 @@ def sentencepiece_unigram_forms(vocabulary: Vocabulary, model: SentencePieceMode
     """`vocabulary`, which is the `llama` one, and the `t5` one of the same model."""
     yield vocabulary
     if is_sound_charsmap(model.precompiled_charsmap):
+        special = vocabulary.special
+        if TokenType.UNKNOWN in vocabulary.types:  # llama.cpp takes token 2 for it
+            special = replace(special, ids={"unk": vocabulary.types.index(TokenType.UNKNOWN), **special.ids})
         yield replace(
             vocabulary,
             model="t5",
+            special=special,
             add_space_prefix=model.add_dummy_prefix,
             remove_extra_whitespaces=model.remove_extra_whitespaces,
             precompiled_charsmap=model.precompiled_charsmap,

@@ -12,6 +12,9 @@ from convert.vocabulary import UnsupportedTokenizer
 from models.errors import TokenizerError
 from models.text import printable
 
+END = "<|endoftext|>"
+"""The token that ends a text, and for GPT-2 begins one, in every class below that names no other."""
+
 # tokenizer_class -> how it splits a text (None: as GPT-2 does) and normalises it. The files do not say.
 _CLASSES: dict[str, tuple[str | None, str | None]] = {
     "GPT2Tokenizer": (None, None),
@@ -43,9 +46,8 @@ def read_vocab_merges(path: Path, config: dict[str, Any]) -> Json:
     vocab = read_json(path / "vocab.json") or {}
     if not vocab or not all(type(i) is int and i >= 0 for i in vocab.values()):
         raise TokenizerError(f"{path / 'vocab.json'} is no table of tokens and ids", path=path)
-    return byte_level_document(
-        vocab, _merges(path / "merges.txt"), _added(path, config), pattern=pattern, normalizer=normalizer
-    )
+    merges, added = _merges(path / "merges.txt"), _added(path, config, vocab)
+    return byte_level_document(vocab, merges, added, pattern=pattern, normalizer=normalizer)
 
 
 def _merges(path: Path) -> list[tuple[str, str]]:
@@ -60,7 +62,8 @@ def _merges(path: Path) -> list[tuple[str, str]]:
     return merges
 
 
-def _added(path: Path, config: dict[str, Any]) -> list[Json]:
+def _added(path: Path, config: dict[str, Any], vocab: dict[str, Any]) -> list[Json]:
+    """Tokens that are found whole: those of added_tokens.json and the config, and those that the config names."""
     added = {
         i: added_token(text, i, special=False)
         for text, i in (read_json(path / "added_tokens.json") or {}).items()
@@ -71,4 +74,8 @@ def _added(path: Path, config: dict[str, Any]) -> list[Json]:
         if key.isascii() and key.isdecimal() and len(key) < 10 and isinstance(entry, dict):
             text = str(entry.get("content", ""))
             added[int(key)] = added_token(text, int(key), special=entry.get("special") is True)
+    for name, value in {"end_token": END, **config}.items():
+        named = value.get("content") if isinstance(value, dict) else value
+        if name.endswith("_token") and isinstance(named, str) and named in vocab:
+            added.setdefault(vocab[named], added_token(named, vocab[named]))
     return list(added.values())

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from convert.special_tokens import SpecialTokens
 from models.errors import TokenizerError, UnsupportedError
-from models.families.vocabulary import VocabularyRules
 from models.text import printable
+from models.vocabulary_rules import VocabularyRules
 
 # An embedding is often padded to a round number of rows (Qwen2: 271 of 151,936). A gap beyond both of these is
 # no padding: the tokenizer belongs to another model.
@@ -132,9 +132,20 @@ def check_vocabulary_shape(path: Path, vocabulary: Vocabulary) -> None:
     check_no_doubles(vocabulary, path)
 
 
+def has_every_byte(vocabulary: Vocabulary) -> bool:
+    """False for a SentencePiece vocabulary on which llama.cpp would end the process at an unknown character."""
+    if vocabulary.model != "llama":
+        return True
+    tokens = set(vocabulary.tokens)
+    return all(b"<0x%02X>" % byte in tokens or bytes([byte]) in tokens for byte in range(256))
+
+
 def check_no_doubles(vocabulary: Vocabulary, path: Path | None = None) -> None:
     """Raise TokenizerError for two tokens of one text: llama.cpp, which reads each up to its first NUL, would end
     the process."""
+    distinct = set(vocabulary.tokens)
+    if len(distinct) == len(vocabulary.tokens) and b"" not in distinct and b"\0" not in b"".join(vocabulary.tokens):
+        return
     tokens = enumerate(vocabulary.tokens)
     twice = _first_double(token.split(b"\0", 1)[0] or b"[EMPTY_%d]" % i for i, token in tokens)
     if twice is not None:

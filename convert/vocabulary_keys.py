@@ -7,7 +7,7 @@ from typing import Any
 import gguf
 
 from convert.vocabulary import Vocabulary
-from models.families.vocabulary import VocabularyRules
+from models.vocabulary_rules import VocabularyRules
 
 # Fill-in-the-middle tokens that llama.cpp does not find by their text: Mistral's, and Seed-Coder's. gguf has no
 # methods for these keys.
@@ -40,7 +40,7 @@ def add_vocabulary(writer: gguf.GGUFWriter, rules: VocabularyRules, vocabulary: 
         writer.add_token_merges(vocabulary.merges)
     n_vocab, special = len(vocabulary.tokens), vocabulary.special
     ids = dict(special.ids)
-    if rules.special_ids is not None and rules.special_ids.n_vocab == n_vocab:
+    if rules.special_ids is not None and rules.special_ids.n_vocab in (n_vocab, None):
         ids = {**ids, **rules.special_ids.ids}
     # gguf has no key for "cls": llama.cpp does not read it
     for kind, token in ids.items():

@@ -388,9 +388,9 @@ def test_template_places(tmp_path: Path) -> None:
     assert read_chat_template(tmp_path, {}) is None
     write_json(tmp_path / "chat_template.json", {"chat_template": "from json"})
     assert read_chat_template(tmp_path, {}) == "from json"
-    (tmp_path / "chat_template.jinja").write_text("from jinja")
-    assert read_chat_template(tmp_path, None) == "from jinja"
     assert read_chat_template(tmp_path, {"chat_template": "from the config"}) == "from the config"
+    (tmp_path / "chat_template.jinja").write_text("from jinja")
+    assert read_chat_template(tmp_path, {"chat_template": "from the config"}) == "from jinja"
 
 
 def test_named_templates(tmp_path: Path) -> None:

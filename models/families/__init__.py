@@ -20,9 +20,9 @@ from types import MappingProxyType
 from typing import Any
 
 from models.errors import UnsupportedError
-from models.families.vocabulary import DEFAULT as DEFAULT_VOCABULARY
-from models.families.vocabulary import VocabularyRules
 from models.hparams import Hparams, Requirement
+from models.vocabulary_rules import DEFAULT as DEFAULT_VOCABULARY
+from models.vocabulary_rules import VocabularyRules
 from models.weights import Weights
 
 Value = int | float | bool | str | list[int] | list[float] | list[bool] | list[str]
