@@ -28,6 +28,10 @@ _KEPT_F32 = re.compile(
 )
 
 
+# The form of a name that a family gives itself
+_GGUF_NAME = re.compile(r"blk\.\d+\.[a-z0-9_.]+\.(weight|bias|scale)|rope_freqs\.weight")
+
+
 @dataclass(frozen=True)
 class TensorPlan:
     """One tensor of the file before its type is known.
@@ -78,6 +82,8 @@ def plan_tensors(tensors: Mapping[str, Weights], family: ModelFamily, hparams: H
     plans: dict[str, TensorPlan] = {}
     for hf_name, weights in {**rope_tensors(hparams), **kept}.items():
         name = gguf_name(hf_name, weights)
+        if not weights.shape or 0 in weights.shape:
+            raise _without_place(weights, family, n_blocks)
         if name in plans:
             raise TensorError(f"tensor {printable(weights.name)!r} is there twice, as {name}", tensor=weights.name)
         check_readable(weights)
@@ -98,6 +104,8 @@ def gguf_names(family: ModelFamily, hparams: Hparams) -> Callable[[str, Weights]
 
     def gguf_name(name: str, weights: Weights) -> str:
         found: str | None = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if found is None and _GGUF_NAME.fullmatch(name):
+            return name  # llama.cpp may know more tensors of an architecture than the installed gguf
         if found is None:
             raise _without_place(weights, family, n_blocks)
         return found
@@ -141,7 +149,7 @@ def _check_ends(plans: Mapping[str, TensorPlan], hparams: Hparams) -> None:
             hint="The config does not belong to these weights.",
             tensor=name,
         )
-    if "output.weight" not in plans and not hparams.flag("tie_word_embeddings"):
+    if "output.weight" not in plans and not hparams.ties_embeddings:
         raise TensorError(
             "tensor 'lm_head.weight' is missing, and config.json does not tie it to the embedding",
             hint='A shard is missing, or config.json lacks "tie_word_embeddings": true.',

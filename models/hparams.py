@@ -36,6 +36,7 @@ class Hparams:
     ) -> None:
         text = config.get("text_config")
         self._fields: dict[str, Any] = {**config, **text} if isinstance(text, Mapping) else dict(config)
+        self._config = config
         self._defaults = defaults
         self._aliases = aliases or {}
         self._read: set[str] = set()
@@ -100,6 +101,12 @@ class Hparams:
         return value
 
     @property
+    def ties_embeddings(self) -> bool:
+        """Whether the embedding serves as the output matrix: the whole model's config says so, or the text part's."""
+        outer = self._config.get("tie_word_embeddings")
+        return self.flag("tie_word_embeddings") or outer is True
+
+    @property
     def n_layers(self) -> int:
         return self.integer("num_hidden_layers")
 
@@ -129,9 +136,14 @@ class Hparams:
 
     @property
     def rotary_dim(self) -> int:
-        """The rows of a head that are rotated: all of them, or the part that `partial_rotary_factor` says."""
-        self._read.add("rotary_dim")
-        return int(self.head_dim * self.rope.partial)
+        """The rows of a head that are rotated: all of them, or the part that `rotary_part` is."""
+        return int(self.head_dim * self.rotary_part)
+
+    @property
+    def rotary_part(self) -> float:
+        """How much of a head is rotated in full attention, from 0 to 1; a family that does not ask computes 1."""
+        self._read.add("rotary_part")
+        return self.rope.partial
 
     @property
     def rope(self) -> RopeParameters:
@@ -160,7 +172,7 @@ class Hparams:
             if not is_neutral(name, value):
                 raise _refused(name, value)
         partial = self.rope.partial
-        if partial != 1 and "rotary_dim" not in self._read and "partial_rotary_factor" not in ignored:
+        if partial != 1 and "rotary_part" not in self._read and "partial_rotary_factor" not in ignored:
             raise _refused("partial_rotary_factor", partial)
 
     def refuse_quantized(self) -> None:

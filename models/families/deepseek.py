@@ -44,10 +44,11 @@ def _split_kv(weights: Weights, hparams: Hparams, match: Match[str]) -> Iterable
 
 
 def _leading_dense(hparams: Hparams) -> int:
+    given = hparams.natural("first_k_dense_replace")
     if hparams.has("mlp_layer_types"):
         kinds = hparams.items("mlp_layer_types")
         return next((block for block, kind in enumerate(kinds) if kind != "dense"), len(kinds))
-    return hparams.natural("first_k_dense_replace")
+    return given
 
 
 def _groups_note(hparams: Hparams) -> str | None:
@@ -148,5 +149,5 @@ GLM4_MOE_LITE = replace(
         "n_group": 1,
         "topk_group": 1,
     },
-    vocabulary=rules.GLM,
+    vocabulary=rules.GLM4_MOE,
 )

@@ -4,13 +4,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from statistics import NormalDist
 
+import numpy as np
+
 from models.families import ModelFamily, Tensors, Value
 from models.families import vocabulary as rules
 from models.families.gemma import GEMMA3
 from models.families.keys import integer, natural, number, sliding_pattern, sliding_theta
 from models.families.passes import change, drop, each, rename, stack
 from models.hparams import Hparams
-from models.weights import Weights, concatenated, zeros
+from models.weights import Weights, concatenated, constant, zeros
 
 
 def _sparsity(hparams: Hparams) -> list[float]:
@@ -123,6 +125,17 @@ def _widths(hparams: Hparams) -> Value:
     return [width if block < first_shared else 2 * width for block in range(hparams.n_layers)]
 
 
+def _with_rope_factors(tensors: Tensors, hparams: Hparams) -> Tensors:
+    """Frequencies of full attention, in proportion to a whole head: those of the part that stands still are cut off.
+
+    Source: transformers, modeling_rope_utils.py `_compute_proportional_rope_parameters`.
+    """
+    half = _global_head_dim(hparams) // 2
+    turning = int(half * hparams.rotary_part)
+    factors = np.where(np.arange(half) < turning, 1.0, 1e30).astype(np.float32)
+    return {**tensors, "rope_freqs.weight": constant("rope_freqs.weight", factors)}
+
+
 # transformers, Gemma4Config, Gemma4TextConfig
 GEMMA4 = ModelFamily(
     architectures=("Gemma4ForCausalLM", "Gemma4ForConditionalGeneration"),
@@ -168,6 +181,7 @@ GEMMA4 = ModelFamily(
             lambda weights, hparams, match: [(f"blk.{match[1]}.ffn_down_exps.scale", weights)],
         ),
         rename(r"(.*\.experts\.gate_up_proj)", r"\1.weight"),
+        _with_rope_factors,
     ),
     ignored=("vocab_size_per_layer_input", "attention_k_eq_v", "enable_moe_block"),
     vocabulary=rules.GEMMA4,

@@ -22,7 +22,7 @@ GLM = ModelFamily(
     defaults=_DEFAULTS,
     requires={"head_dim": lambda hparams: (None, hparams.integer("hidden_size") // hparams.n_heads)},
     keys={"attention.key_length": absent, "attention.value_length": absent, "rope.dimension_count": rotary_dim},
-    vocabulary=rules.CHATGLM,
+    vocabulary=rules.GLM,
 )
 
 # transformers, Glm4Config
@@ -31,7 +31,7 @@ GLM4 = ModelFamily(
     gguf_arch="glm4",
     defaults=_DEFAULTS,
     keys={"rope.dimension_count": rotary_dim},
-    vocabulary=rules.GLM_EDGE,
+    vocabulary=rules.GLM4,
 )
 
 
@@ -71,5 +71,5 @@ GLM4_MOE = replace(
     },
     ignored=("use_qk_norm",),  # the tensors tell
     n_blocks=lambda hparams: hparams.n_layers + extra_blocks(hparams),
-    vocabulary=rules.GLM,
+    vocabulary=rules.GLM4_MOE,
 )

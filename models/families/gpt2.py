@@ -60,6 +60,7 @@ GPT_BIGCODE = ModelFamily(
         "scale_attention_softmax_in_fp32",
         "inference_runner",
         "max_batch_size",
+        "num_key_value_heads",
         "max_sequence_length",
         "pad_key_length",
         "pre_allocate_kv_cache",
@@ -128,9 +129,8 @@ def _by_group(weights: Weights, hparams: Hparams) -> Weights:
 
 
 def _falcon_heads_kv(hparams: Hparams) -> int:
-    if hparams.flag("new_decoder_architecture"):
-        return hparams.n_heads_kv
-    return 1 if hparams.flag("multi_query") else hparams.n_heads
+    usual = 1 if hparams.flag("multi_query") else hparams.n_heads
+    return hparams.n_heads_kv if hparams.flag("new_decoder_architecture") else usual
 
 
 # transformers, FalconConfig
@@ -193,16 +193,21 @@ def _clip(hparams: Hparams) -> float | None:
 MPT = ModelFamily(
     architectures=("MptForCausalLM", "MPTForCausalLM"),
     gguf_arch="mpt",
-    defaults={"max_position_embeddings": 2048, "layer_norm_eps": 1e-5, "tie_word_embeddings": True, "rope_theta": 1},
+    defaults={
+        "max_position_embeddings": 2048,
+        "layer_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "rope_theta": 1,
+        "expansion_ratio": 4,
+    },
     requires={
         "attn_config": _plain_attention,
-        "expansion_ratio": (None, 4),
         "logit_scale": (None,),
         "norm_type": (None, "low_precision_layernorm", "layernorm"),
     },
     keys={
         **_NO_ROPE,
-        "feed_forward_length": _four_times,
+        "feed_forward_length": lambda hparams: hparams.integer("expansion_ratio") * hparams.integer("hidden_size"),
         "attention.head_count_kv": absent,
         "attention.clamp_kqv": _clip,
         "attention.max_alibi_bias": _alibi,

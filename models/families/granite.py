@@ -23,7 +23,7 @@ GRANITE = ModelFamily(
         "logit_scale": number("logits_scaling"),
     },
     passes=interleaved_rope(),
-    vocabulary=rules.LLAMA,
+    vocabulary=rules.GRANITE,
 )
 
 _EXPERTS = (

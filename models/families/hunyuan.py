@@ -53,6 +53,7 @@ HUNYUAN = ModelFamily(
     defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 10000.0},
     keys={**_ROPE, "expert_count": lambda hparams: None},
     ignored=("use_qk_norm", "num_experts"),
+    vocabulary=rules.HUNYUAN,
 )
 
 # transformers, HunYuanMoEV1Config

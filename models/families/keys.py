@@ -78,9 +78,9 @@ def sliding_pattern(period: int, *, always: bool = False) -> Getter:
 def sliding_theta(hparams: Hparams) -> float:
     """The base frequency of blocks that look back a window only. Raises UnsupportedError if that is scaled."""
     rope = hparams.rope_of("sliding_attention")
-    if rope.type != "default":
+    if rope.type != "default" or rope.partial != 1:
         raise UnsupportedError(
-            f"config.json: the rope of sliding attention is scaled ({rope.type}), which llama.cpp does not compute",
+            "config.json: the rope of sliding attention is scaled or partial, which llama.cpp does not compute",
             rope_type=rope.type,
         )
     return rope.theta

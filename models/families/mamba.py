@@ -1,10 +1,8 @@
 """Mamba 1 and 2, Falcon Mamba."""
 
-import numpy as np
-
 from models.families import ModelFamily
 from models.families.keys import NO_SCALING, absent, fixed, integer, number
-from models.families.passes import change, rename
+from models.families.passes import change, column, flat, negative_exponential, rename
 from models.hparams import Hparams
 from models.weights import Weights
 
@@ -23,6 +21,9 @@ _SEEN_IN_TRAINING = (
     "use_falcon_mambapy",
 )
 
+UNLIMITED = (None, [0.0, float("inf")], [0.0, {"__float__": "Infinity"}])
+"""The values of `time_step_limit` that limit nothing, in the spellings of transformers."""
+
 NO_ATTENTION = {
     **NO_SCALING,
     "context_length": fixed(_ANY_LENGTH),
@@ -35,21 +36,6 @@ NO_ATTENTION = {
     "rope.dimension_sections": absent,
     "rope.freq_base": absent,
 }
-
-
-def negative_exponential(weights: Weights, hparams: Hparams) -> Weights:
-    """The decay of a state, which checkpoints hold as a logarithm."""
-    return weights.mapped(lambda values: -np.exp(values))
-
-
-def flat(weights: Weights, hparams: Hparams) -> Weights:
-    """Kernels of a convolution over single channels, [n, 1, width]."""
-    return weights.reshaped(weights.shape[0], -1)
-
-
-def column(weights: Weights, hparams: Hparams) -> Weights:
-    """A value for each head, [n, 1]."""
-    return weights.reshaped(weights.n_weights, 1)
 
 
 def _time_step_rank(hparams: Hparams) -> int:
@@ -104,7 +90,7 @@ MAMBA2 = ModelFamily(
         "head_dim": 64,
         "rope_theta": 1,
     },
-    requires={"expand": (None, 2), "time_step_limit": (None, [0.0, float("inf")], [0, float("inf")])},
+    requires={"expand": (None, 2), "time_step_limit": UNLIMITED},
     keys={
         **NO_ATTENTION,
         "ssm.conv_kernel": integer("conv_kernel"),

@@ -51,5 +51,5 @@ APERTUS = ModelFamily(
         "xielu.eps": lambda hparams: _of_activations(hparams, "eps"),
     },
     passes=(drop(r".*\.act_fn\.(alpha_n|alpha_p|beta|eps)"),),
-    vocabulary=rules.LLAMA,
+    vocabulary=rules.APERTUS,
 )

@@ -201,3 +201,18 @@ def without_blocks_beyond(tensors: Tensors, hparams: Hparams) -> Tensors:
         if match is None or int(match[1]) < last:
             kept[name] = weights
     return kept
+
+
+def negative_exponential(weights: Weights, hparams: Hparams) -> Weights:
+    """The decay of a state, which checkpoints hold as a logarithm."""
+    return weights.mapped(lambda values: -np.exp(values.astype(np.float64)))
+
+
+def flat(weights: Weights, hparams: Hparams) -> Weights:
+    """Kernels of a convolution over single channels, from [n, 1, width] to [n, width]."""
+    return weights.reshaped(weights.shape[0], -1)
+
+
+def column(weights: Weights, hparams: Hparams) -> Weights:
+    """A value for each head, [n, 1]."""
+    return weights.reshaped(weights.n_weights, 1)

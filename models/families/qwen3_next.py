@@ -9,7 +9,7 @@ import numpy as np
 
 from models.families import Pass
 from models.families.keys import integer, natural, rotary_dim
-from models.families.passes import change, each, plus, rename
+from models.families.passes import change, each, flat, negative_exponential, plus, rename
 from models.families.qwen import QWEN2_MOE
 from models.hparams import Hparams
 from models.weights import Index, Weights
@@ -33,7 +33,7 @@ _MTP_NAMES = {
     "fc": "eh_proj",
     "pre_fc_norm_embedding": "enorm",
     "pre_fc_norm_hidden": "hnorm",
-    "norm": "shared_head.norm",
+    "norm": "shared_head_norm",
 }
 _MTP = re.compile(rf"(?:model\.)?mtp\.(?:layers\.(?P<layer>\d{{1,6}})|(?P<part>{'|'.join(_MTP_NAMES)}))\.(?P<rest>.+)")
 
@@ -47,7 +47,7 @@ def _as_block(weights: Weights, hparams: Hparams, match: Match[str]) -> Iterable
     if match["layer"]:
         yield f"model.layers.{hparams.n_layers + int(match['layer'])}.{match['rest']}", weights
     else:
-        yield f"model.layers.{hparams.n_layers}.{_MTP_NAMES[match['part']]}.{match['rest']}", weights
+        yield f"blk.{hparams.n_layers}.nextn.{_MTP_NAMES[match['part']]}.{match['rest']}", weights
 
 
 def _by_key_head(weights: Weights, hparams: Hparams, match: Match[str]) -> Iterable[tuple[str, Weights]]:
@@ -87,19 +87,11 @@ def _tiled_columns(weights: Weights, hparams: Hparams) -> Weights:
     return weights.pick_columns(_tiled(np.arange(weights.row_length), hparams, _heads(hparams)[2]))
 
 
-def _negative_exponential(weights: Weights, hparams: Hparams) -> Weights:
-    return weights.mapped(lambda values: -np.exp(values))
-
-
-def _flat(weights: Weights, hparams: Hparams) -> Weights:
-    return weights.reshaped(weights.shape[0], -1)
-
-
 _DELTA_NET: tuple[Pass, ...] = (
     each(_MTP.pattern, _as_block),
     plus(r"(?!.*linear_attn\.norm\.weight).*norm\.weight", 1),
-    change(r".*\.conv1d\.weight", _flat),
-    change(r".*\.A_log", _negative_exponential),
+    change(r".*\.conv1d\.weight", flat),
+    change(r".*\.A_log", negative_exponential),
     rename(r"(.*)\.dt_bias", r"\1.dt_proj.bias"),
     each(r".*layers\.(\d+)\.linear_attn\.in_proj_qkvz\.weight", _by_key_head),
 )
