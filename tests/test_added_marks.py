@@ -66,7 +66,7 @@ def test_a_mark_other_than_the_one_that_is_named(tmp_path: Path) -> None:
 
 
 def test_two_marks_are_more_than_llama_cpp_puts(tmp_path: Path) -> None:
-    vocabulary = read(tmp_path, document("[gMASK]", "<sop>", "A"), {"eos_token": "<|endoftext|>"}, rules.GLM)
+    vocabulary = read(tmp_path, document("[gMASK]", "<sop>", "A"), {"eos_token": "<|endoftext|>"}, rules.GLM4_MOE)
     assert vocabulary.special.ids == {"bos": 3002, "cls": 3002, "eos": 3005, "eot": 3004, "unk": 3005}
     assert "the tokenizer puts 2 special tokens before a text and 0 after it" in " ".join(vocabulary.notes)
 

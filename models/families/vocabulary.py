@@ -39,11 +39,13 @@ GEMMA4 = VocabularyRules(
 )
 
 # In turn: GLM-4 as GlmForCausalLM, GLM-4 of 2025 as Glm4ForCausalLM, and the mixtures of experts.
-CHATGLM = VocabularyRules(special={"eos": "<|endoftext|>", "eot": "<|user|>", "unk": "<|endoftext|>"}, add_bos=False)
-GLM_EDGE = VocabularyRules(
+GLM = VocabularyRules(special={"eos": "<|endoftext|>", "eot": "<|user|>", "unk": "<|endoftext|>"}, add_bos=False)
+GLM4 = VocabularyRules(
     special={"eos": "<|endoftext|>", "eot": "<|user|>", "unk": "<|endoftext|>", "bos": "<|endoftext|>"}
 )
-GLM = VocabularyRules(special={"bos": "[gMASK]", "eot": "<|user|>", "unk": "<|endoftext|>", "eom": "<|observation|>"})
+GLM4_MOE = VocabularyRules(
+    special={"bos": "[gMASK]", "eot": "<|user|>", "unk": "<|endoftext|>", "eom": "<|observation|>"}
+)
 # The tokenizer of ChatGLM3 numbers these after the pieces of its model, in Python code.
 CHATGLM3 = VocabularyRules(
     add_bos=False,
