@@ -240,7 +240,8 @@ def available_cores() -> int:
 
 def _place(model: _Model, file_type: FileType) -> list[PlacedTensor]:
     """Ask llama.cpp for the type and order of the tensors, on a hollow file of the types it would quantize from."""
-    carrier = _carrier(model.checkpoint)
+    # llama.cpp leaves a few matrices in the type they come in: who asks for F32 gets F32
+    carrier = quantize.F32 if file_type.name == "F32" else _carrier(model.checkpoint)
     carriers = {plan.name: quantize.F32 if plan.keep_f32 else carrier for plan in model.tensors}
     unquantized = _in_order((plan, carriers[plan.name], carriers[plan.name]) for plan in model.tensors)
     header = _header(unquantized, model, 0, None)

@@ -73,9 +73,6 @@ def plan_tensors(tensors: Mapping[str, Weights], family: ModelFamily, hparams: H
         )
     kept = {name: weights for name, weights in tensors.items() if not name.endswith(_IGNORED_SUFFIXES)}
     kept = dict(without_other_parts(kept, hparams))
-    for weights in kept.values():
-        if not weights.shape or 0 in weights.shape:  # no pass expects one
-            raise _without_place(weights, family, n_blocks)
     for step in (*family.passes, stack_experts):
         kept = dict(step(kept, hparams))
     gguf_name = gguf_names(family, hparams)

@@ -33,7 +33,22 @@ if len(CASES) != sum(len(module.CASES) for module in _MODULES):
 
 REFUSED: Mapping[str, Refusal] = MappingProxyType({**family_cases_dense.REFUSED, **family_cases_experts.REFUSED})
 
-DIFFERENCES: Mapping[str, Mapping[str, str]] = MappingProxyType({})
+_NO_EXTRA_BLOCK = "theirs counts a block that predicts a further token, which transformers does not save"
+_EXP = "the exponential is rounded from float64, theirs is off by the last bit"
+_CONTEXT = "theirs is the width of the model, or a constant"
+
+DIFFERENCES: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "bloom": {"bloom.context_length": _CONTEXT},
+        "falcon-40b": {"falcon.context_length": _CONTEXT},
+        "glm": {
+            "chatglm.context_length": _CONTEXT,
+            "chatglm.attention.layer_norm_rms_epsilon": "theirs reads it under ChatGLM's name, and writes the default",
+        },
+        "glm4-moe": dict.fromkeys(("glm4moe.block_count", "glm4moe.nextn_predict_layers"), _NO_EXTRA_BLOCK),
+        "glm4-moe-qk-norm": dict.fromkeys(("glm4moe.block_count", "glm4moe.nextn_predict_layers"), _NO_EXTRA_BLOCK),
+    }
+)
 """Case -> key or tensor that differs from llama.cpp's converter -> why."""
 
 _FROM_AUTO_CONFIG = "it takes the config from transformers 5, which has no such field"

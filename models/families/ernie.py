@@ -18,6 +18,7 @@ ERNIE4_5 = ModelFamily(
         "head_dim": 128,
         "tie_word_embeddings": True,
     },
+    requires={"use_bias": (None, False)},
     passes=(rename(r"ernie\.(.*)", r"model.\1"),),
     vocabulary=rules.ERNIE,
 )
@@ -36,7 +37,10 @@ ERNIE4_5_MOE = replace(
         "moe_layer_interval": 1,
         "moe_layer_start_index": 1,
     },
-    requires={"moe_layer_end_index": lambda hparams: (None, -1, hparams.n_layers - 1, hparams.n_layers)},
+    requires={
+        **ERNIE4_5.requires,
+        "moe_layer_end_index": lambda hparams: (None, -1, hparams.n_layers - 1, hparams.n_layers),
+    },
     keys={
         "interleave_moe_layer_step": integer("moe_layer_interval"),
         "leading_dense_block_count": natural("moe_layer_start_index"),

@@ -198,7 +198,6 @@ MPT = ModelFamily(
         "layer_norm_eps": 1e-5,
         "tie_word_embeddings": True,
         "rope_theta": 1,
-        "expansion_ratio": 4,
     },
     requires={
         "attn_config": _plain_attention,
@@ -207,10 +206,18 @@ MPT = ModelFamily(
     },
     keys={
         **_NO_ROPE,
-        "feed_forward_length": lambda hparams: hparams.integer("expansion_ratio") * hparams.integer("hidden_size"),
+        "feed_forward_length": _four_times,
         "attention.head_count_kv": absent,
         "attention.clamp_kqv": _clip,
         "attention.max_alibi_bias": _alibi,
     },
-    ignored=("learned_pos_emb", "emb_init_std", "verbose", "embedding_fraction", "init_config", "init_device"),
+    ignored=(
+        "expansion_ratio",
+        "learned_pos_emb",
+        "emb_init_std",
+        "verbose",
+        "embedding_fraction",
+        "init_config",
+        "init_device",
+    ),
 )
