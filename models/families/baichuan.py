@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from models.families import ModelFamily
-from models.families.keys import absent, fixed, head_dim, number
+from models.families.keys import absent, fixed, head_dim, number, other_theta
 from models.families.passes import interleaved_rope, split
 from models.hparams import Hparams
 
@@ -51,6 +51,7 @@ ORION = ModelFamily(
         "attention.value_length": absent,
         "attention.layer_norm_rms_epsilon": absent,
         "attention.layer_norm_epsilon": number("rms_norm_eps"),
+        "rope.freq_base": other_theta(10000.0),
         "tensor_data_layout": fixed("Meta AI original pth"),
     },
 )

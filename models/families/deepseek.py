@@ -52,7 +52,7 @@ def _leading_dense(hparams: Hparams) -> int:
 
 
 def _routing(hparams: Hparams) -> tuple[object, ...]:
-    """llama.cpp picks groups of experts by their two best as V3 does; by the best one, as V2 may, only if all count."""
+    """llama.cpp picks groups of experts by their two best, as V3 does: by the best one, as V2, only if all count."""
     groups = hparams.get("n_group")
     all_count = groups in (None, 1) or groups == hparams.get("topk_group")
     return None, "greedy", "noaux_tc", *(("group_limited_greedy",) if all_count else ())

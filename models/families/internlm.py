@@ -6,7 +6,7 @@ from re import Match
 
 from models.families import ModelFamily
 from models.families import vocabulary as rules
-from models.families.keys import absent, integer, number
+from models.families.keys import absent, integer, number, other_theta
 from models.families.llama import LLAMA
 from models.families.passes import each, interleave_halves, interleaved_rope
 from models.hparams import Hparams
@@ -83,6 +83,7 @@ MINICPM3 = ModelFamily(
         ),
         "attention.value_length": absent,
         "rope.dimension_count": integer("qk_rope_head_dim"),
+        "rope.freq_base": other_theta(10000.0),
     },
     # llama.cpp has the scales of the one model in its code
     requires={"scale_emb": (None, 12), "scale_depth": (None, 1.4), "dim_model_base": (None, 256)},
