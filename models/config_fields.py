@@ -12,7 +12,7 @@ import re
 # LlamaConfig's name of a field -> how other configs call it.
 ALIASES: dict[str, tuple[str, ...]] = {
     "max_position_embeddings": ("n_positions", "n_ctx", "max_sequence_length", "max_seq_len", "seq_length"),
-    "hidden_size": ("n_embd", "d_model"),
+    "hidden_size": ("n_embd", "d_model", "n_embed"),
     "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
     "intermediate_size": ("n_inner", "ffn_hidden_size", "ffn_dim"),
     "num_attention_heads": ("n_head", "n_heads"),

@@ -10,6 +10,7 @@ from tests import (
     family_cases_dense,
     family_cases_experts,
     family_cases_gemma,
+    family_cases_hub,
     family_cases_multimodal,
     family_cases_older,
     family_cases_recurrent,
@@ -27,13 +28,16 @@ _MODULES = (
     family_cases_older,
     family_cases_multimodal,
     family_cases_remote,
+    family_cases_hub,
 )
 
 CASES: Mapping[str, Case] = MappingProxyType(dict(chain.from_iterable(module.CASES.items() for module in _MODULES)))
 if len(CASES) != sum(len(module.CASES) for module in _MODULES):
     raise ValueError("two cases have one name")
 
-REFUSED: Mapping[str, Refusal] = MappingProxyType({**family_cases_dense.REFUSED, **family_cases_experts.REFUSED})
+REFUSED: Mapping[str, Refusal] = MappingProxyType(
+    {**family_cases_dense.REFUSED, **family_cases_experts.REFUSED, **family_cases_hub.REFUSED}
+)
 
 _NO_EXTRA_BLOCK = "theirs counts a block that predicts a further token, which transformers does not save"
 _EXP = "the exponential is rounded from float64, theirs is off by the last bit"
@@ -44,6 +48,7 @@ DIFFERENCES: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "bloom": {"bloom.context_length": _CONTEXT},
         "gemma": {"tokenizer.ggml.eot_token_id": "token 107 ends a turn in a vocabulary of 256,000 tokens"},
         "mpt": {"general.file_type": "theirs has none"},
+        "mpt-hub": {"general.file_type": "theirs has none"},
         "nemotron-h-moe": {
             f"blk.2.attn_{part}.weight": "theirs reorders the rows for a rope that the model does not have"
             for part in "qk"
@@ -83,6 +88,9 @@ PEER_FAILS: Mapping[str, str] = MappingProxyType(
         "gpt-neox": f"no rotary_pct: {_FROM_AUTO_CONFIG}",
         "gpt-neox-serial": f"no rotary_pct: {_FROM_AUTO_CONFIG}",
         "gpt-neox-transformers-4": f"no rotary_pct: {_FROM_AUTO_CONFIG}",
+        "gpt-neox-hub": f"no rotary_pct: {_FROM_AUTO_CONFIG}",
+        "gpt-bigcode-heads": "takes every one for multi-query attention",
+        "gpt2-hub": "finds no place for the causal masks that old checkpoints have beside the weights",
         "gpt2-transformers-5": "no n_ctx",
         "granite-hybrid-transformers-5": "layer types by their newer names are all taken for Mamba",
         "hunyuan-moe": "looks for the ranks of a tiktoken tokenizer",

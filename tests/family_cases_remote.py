@@ -173,7 +173,7 @@ BAICHUAN = Remote(
 )
 BAICHUAN_13B = Remote(
     {**BAICHUAN_CONFIG, "num_hidden_layers": 40, "position_embedding": "ALIBI"},
-    Decoder(HEADS, HEADS, rope="none", alibi=True),
+    Decoder(HEADS, HEADS, rope="none", alibi=8.0),
     packed_shapes,
     packed_block,
     llama_ends,

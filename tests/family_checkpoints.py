@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -70,6 +71,7 @@ class Case:
                   from `BASE` too
     edit          changes config.json after transformers wrote it, into what repositories on the hub have
     adjust        changes the model before it is saved
+    rename        pattern and replacement for the names of the tensors, where the hub has others
     beside        further tensors of the checkpoint, which transformers leaves alone, out of those that it wrote
     text_part     the part of a multimodal model that reads a text alone, where the whole cannot
     peer_options  of llama.cpp's converter
@@ -86,6 +88,7 @@ class Case:
     seed: int = 1
     edit: Callable[[Json], object] | None = None
     adjust: Callable[[Any], object] | None = None
+    rename: tuple[str, str] | None = None
     beside: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     text_part: str = ""
     peer_options: tuple[str, ...] = ()
@@ -128,9 +131,25 @@ def make_checkpoint(case: Case, folder: Path, starter: Path) -> None:
     edit_json(folder / "config.json", lambda fields: fields.update(architectures=[case.architecture]))
     if case.edit:
         edit_json(folder / "config.json", case.edit)
+    if case.rename:
+        _rename_tensors(folder, *case.rename)
     if case.beside:
         _write_beside(case.beside, folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
+
+
+def _rename_tensors(folder: Path, pattern: str, replacement: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    def new(name: str) -> str:
+        return re.sub(pattern, replacement, name)
+
+    for path in sorted(folder.glob("model-*.safetensors")):
+        save_file({new(name): tensor for name, tensor in load_file(path).items()}, path)
+    edit_json(
+        folder / INDEX,
+        lambda index: index.update(weight_map={new(name): file for name, file in index["weight_map"].items()}),
+    )
 
 
 def _write_beside(make: Callable[[dict[str, Any]], dict[str, Any]], folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,21 +14,29 @@ Array = NDArray[np.float64]
 Block = Mapping[str, NDArray[Any]]
 """`norm`, `q`, `k`, `v`, `o`, `ffn_norm`, `gate`, `up`, `down`; each with `_bias` behind it where there is one.
 
-Matrices are [n_out, n_in]. With experts, `router` [n, n_in], and gate, up and down are [n, n_out, n_in];
-`shared_gate`, `shared_up`, `shared_down` are for all.
+Matrices are [n_out, n_in]. Without `gate` the network is GPT-2's, with a GELU. With experts, `router`
+[n, n_in], and gate, up and down are [n, n_out, n_in]; `shared_gate`, `shared_up`, `shared_down` are for all.
 """
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """How a family differs from Llama. Sizes in elements of a head."""
+    """How a family differs from Llama. Sizes in elements of a head.
+
+    factors     what each frequency of the rope is divided by, and `rope_scale` what sine and cosine are multiplied by
+    alibi       how far the steepest head's attention fades with distance, as an exponent of two
+    clip        bound of queries, keys and values
+    """
 
     n_heads: int
     n_heads_kv: int
     rope: Literal["halves", "pairs", "none"] = "halves"
     rotary_dim: int | None = None
     theta: float = 10000.0
-    alibi: bool = False
+    factors: Sequence[float] | None = None
+    rope_scale: float = 1.0
+    alibi: float = 0.0
+    clip: float = math.inf
     layer_norm: bool = False
     eps: float = 1e-6
     embedding_scale: float = 1.0
@@ -39,8 +48,10 @@ class Decoder:
 def logits(
     decoder: Decoder, ids: Sequence[int], embedding: NDArray[Any], blocks: Sequence[Block], end: Block
 ) -> NDArray[np.float32]:
-    """[n_ids, n_vocab]. `end` has `norm` and `output`."""
+    """[n_ids, n_vocab]. `end` has `norm` and `output`, and `positions` where those are learned."""
     x = embedding[list(ids)].astype(np.float64) * decoder.embedding_scale
+    if "positions" in end:
+        x = x + end["positions"][: len(x)]
     for block in blocks:
         x = x + decoder.residual_scale * _attention(decoder, block, _norm(decoder, block, "norm", x))
         x = x + decoder.residual_scale * _ffn(decoder, block, _norm(decoder, block, "ffn_norm", x))
@@ -60,16 +71,16 @@ def _linear(block: Block, name: str, x: Array) -> Array:
 
 def _attention(decoder: Decoder, block: Block, x: Array) -> Array:
     n = len(x)
-    q = _linear(block, "q", x).reshape(n, decoder.n_heads, -1)
-    k = _linear(block, "k", x).reshape(n, decoder.n_heads_kv, -1)
-    v = _linear(block, "v", x).reshape(n, decoder.n_heads_kv, -1)
+    q, k, v = (np.clip(_linear(block, name, x), -decoder.clip, decoder.clip) for name in "qkv")
+    q = q.reshape(n, decoder.n_heads, -1)
+    k, v = k.reshape(n, decoder.n_heads_kv, -1), v.reshape(n, decoder.n_heads_kv, -1)
     q, k = _rotated(decoder, q), _rotated(decoder, k)
     per_key = decoder.n_heads // decoder.n_heads_kv
     k, v = np.repeat(k, per_key, axis=1), np.repeat(v, per_key, axis=1)
     scores = np.einsum("ihd,jhd->hij", q, k) / np.sqrt(q.shape[-1])
     distance = np.arange(n)[:, None] - np.arange(n)[None, :]
     if decoder.alibi:
-        slopes = 2.0 ** (-8.0 / decoder.n_heads * np.arange(1, decoder.n_heads + 1))
+        slopes = 2.0 ** (-decoder.alibi / decoder.n_heads * np.arange(1, decoder.n_heads + 1))
         scores = scores - slopes[:, None, None] * distance
     scores = np.where(distance < 0, -np.inf, scores)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
@@ -83,21 +94,25 @@ def _rotated(decoder: Decoder, heads: Array) -> Array:
         return heads
     dim = decoder.rotary_dim or heads.shape[-1]
     frequencies = decoder.theta ** (-np.arange(0, dim, 2) / dim)
+    if decoder.factors is not None:
+        frequencies = frequencies / np.asarray(decoder.factors)
     angles = np.arange(len(heads))[:, None, None] * frequencies
+    cos, sin = decoder.rope_scale * np.cos(angles), decoder.rope_scale * np.sin(angles)
     turning, still = heads[..., :dim], heads[..., dim:]
     if decoder.rope == "pairs":
         first, second = turning[..., ::2], turning[..., 1::2]
     else:
         first, second = turning[..., : dim // 2], turning[..., dim // 2 :]
-    turned = (
-        first * np.cos(angles) - second * np.sin(angles),
-        second * np.cos(angles) + first * np.sin(angles),
-    )
+    turned = (first * cos - second * sin, second * cos + first * sin)
     joined = np.stack(turned, -1).reshape(turning.shape) if decoder.rope == "pairs" else np.concatenate(turned, -1)
     return np.concatenate([joined, still], -1)
 
 
 def _ffn(decoder: Decoder, block: Block, x: Array) -> Array:
+    if "router" not in block and "gate" not in block:
+        up = _linear(block, "up", x)
+        erf = np.vectorize(math.erf)(up / math.sqrt(2))
+        return _linear(block, "down", up * (1 + erf) / 2)
     if "router" not in block:
         gate = _linear(block, "gate", x)
         return _linear(block, "down", gate / (1 + np.exp(-gate)) * _linear(block, "up", x))

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from models.config_fields import is_inert, is_neutral
 from models.families import ModelFamily
 from models.families.keys import NO_SCALING, absent, fixed, flag, other_theta, rotary_dim
 from models.families.passes import change, rename, transposed
@@ -21,7 +22,6 @@ _FOUR_TIMES = {"intermediate_size": lambda hparams: (None, _four_times(hparams))
 _ATTENTION = {
     "scale_attn_weights": (None, True),
     "scale_attn_by_inverse_layer_idx": (None, False),
-    "reorder_and_upcast_attn": (None, False),
 }
 
 # transformers, GPT2Config
@@ -41,7 +41,24 @@ GPT2 = ModelFamily(
         transposed(r".*\.(c_attn|c_proj|c_fc)\.weight"),
         rename(r"(h\.\d+\..*|wte.*|wpe.*|ln_f.*)", r"transformer.\1"),
     ),
+    ignored=("reorder_and_upcast_attn", "output_past"),  # the order and precision of the same arithmetic
 )
+
+
+def _by_kind(weights: Weights, hparams: Hparams) -> Weights:
+    """Query, key and value of one head after the other: all queries, all keys, all values instead."""
+    heads = weights.grid.reshape(hparams.n_heads, 3, -1)
+    return weights.pick(heads.swapaxes(0, 1).reshape(-1))
+
+
+def _starcoder_heads_kv(hparams: Hparams) -> int:
+    return 1 if hparams.flag("multi_query") else hparams.n_heads
+
+
+def _starcoder_attention(weights: Weights, hparams: Hparams) -> Weights:
+    """Queries, then the one key and value of all heads; where each head has its own, head after head."""
+    return weights if hparams.flag("multi_query") else _by_kind(weights, hparams)
+
 
 # transformers, GPTBigCodeConfig; the activation is StarCoder's
 GPT_BIGCODE = ModelFamily(
@@ -52,9 +69,9 @@ GPT_BIGCODE = ModelFamily(
         **_FOUR_TIMES,
         "scale_attn_weights": (None, True),
         "hidden_act": ("gelu_pytorch_tanh", "gelu_new"),
-        "multi_query": (True,),
     },
-    keys={**_NO_ROPE, "feed_forward_length": _four_times, "attention.head_count_kv": fixed(1)},
+    keys={**_NO_ROPE, "feed_forward_length": _four_times, "attention.head_count_kv": _starcoder_heads_kv},
+    passes=(change(r".*\.c_attn\.(weight|bias)", _starcoder_attention),),
     ignored=(
         "attention_softmax_in_fp32",
         "scale_attention_softmax_in_fp32",
@@ -68,13 +85,6 @@ GPT_BIGCODE = ModelFamily(
     ),
 )
 
-
-def _by_kind(weights: Weights, hparams: Hparams) -> Weights:
-    """Query, key and value of one head after the other: all queries, all keys, all values instead."""
-    heads = weights.grid.reshape(hparams.n_heads, 3, -1)
-    return weights.pick(heads.swapaxes(0, 1).reshape(-1))
-
-
 # transformers, GPTNeoXConfig
 GPT_NEOX = ModelFamily(
     architectures=("GPTNeoXForCausalLM",),
@@ -87,7 +97,11 @@ GPT_NEOX = ModelFamily(
         "hidden_act": "gelu",
         "use_parallel_residual": True,
     },
-    requires={"hidden_act": ("gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh")},
+    requires={
+        "hidden_act": ("gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh"),
+        "attention_bias": (None, True),
+        "tie_word_embeddings": (None, False),
+    },
     keys={
         **_PLAIN_HEADS,
         "attention.head_count_kv": absent,
@@ -100,7 +114,7 @@ GPT_NEOX = ModelFamily(
 
 # transformers, BloomConfig
 BLOOM = ModelFamily(
-    architectures=("BloomForCausalLM",),
+    architectures=("BloomForCausalLM", "BloomModel"),
     gguf_arch="bloom",
     defaults={"max_position_embeddings": 2048, "layer_norm_eps": 1e-5, "tie_word_embeddings": True, "rope_theta": 1},
     requires={**_FOUR_TIMES, "apply_residual_connection_post_layernorm": (None, False)},
@@ -108,7 +122,6 @@ BLOOM = ModelFamily(
     passes=(rename(r"transformer\.(.*)", r"\1"), change(r".*\.query_key_value\.(weight|bias)", _by_kind)),
     ignored=(
         "slow_but_exact",
-        "n_embed",
         "offset_alibi",
         "skip_bias_add",
         "skip_bias_add_qkv",
@@ -171,11 +184,29 @@ def _attention(hparams: Hparams, name: str, default: object) -> object:
     return default if value is None else value
 
 
+# What the attention of every MPT has; which implementation computes it, and how a rope would be that it lacks
+_ATTENTION_FIELDS = ("attn_type", "kv_n_heads", "alibi", "alibi_bias_max", "clip_qkv", "fused_qkv")
+_ATTENTION_INERT = ("attn_impl", "rope_theta", "rope_impl", "rope_dail_config", "rope_hf_config")
+_ATTENTION_TYPES = ("multihead_attention", "multiquery_attention", "grouped_query_attention")
+
+
 def _plain_attention(hparams: Hparams) -> tuple[object, ...]:
-    switched = ("prefix_lm", "qk_ln", "attn_uses_sequence_id", "softmax_scale", "rope", "sliding_window_size")
-    plain = _attention(hparams, "attn_type", "") in ("", "multihead_attention", "multiquery_attention")
-    plain = plain and not any(_attention(hparams, name, False) not in (False, -1) for name in switched)
-    return (hparams.get("attn_config"),) if plain else ()
+    settings = hparams.get("attn_config")
+    others = {
+        name: value
+        for name, value in (settings if isinstance(settings, dict) else {}).items()
+        if name not in (*_ATTENTION_FIELDS, *_ATTENTION_INERT) and not is_inert(name)
+    }
+    if others.get("sliding_window_size") == -1:
+        del others["sliding_window_size"]
+    plain = all(is_neutral(name, value) for name, value in others.items())
+    return (settings,) if plain and _attention(hparams, "attn_type", _ATTENTION_TYPES[0]) in _ATTENTION_TYPES else ()
+
+
+def _mpt_heads_kv(hparams: Hparams) -> int | None:
+    usual = 1 if _attention(hparams, "attn_type", "") == "multiquery_attention" else None
+    given = _attention(hparams, "kv_n_heads", usual)
+    return None if given is None else int(number_of("attn_config.kv_n_heads", given))
 
 
 def _alibi(hparams: Hparams) -> float:
@@ -207,7 +238,7 @@ MPT = ModelFamily(
     keys={
         **_NO_ROPE,
         "feed_forward_length": _four_times,
-        "attention.head_count_kv": absent,
+        "attention.head_count_kv": _mpt_heads_kv,
         "attention.clamp_kqv": _clip,
         "attention.max_alibi_bias": _alibi,
     },
@@ -219,5 +250,7 @@ MPT = ModelFamily(
         "embedding_fraction",
         "init_config",
         "init_device",
+        "tokenizer_name",
+        "fc_type",
     ),
 )
