@@ -94,6 +94,7 @@ PEER_FAILS: Mapping[str, str] = MappingProxyType(
         "gpt2-transformers-5": "no n_ctx",
         "granite-hybrid-transformers-5": "layer types by their newer names are all taken for Mamba",
         "hunyuan-moe": "looks for the ranks of a tiktoken tokenizer",
+        "hunyuan-moe-hub": "wants heads of 128 rows, and the ranks of a tiktoken tokenizer",
         "nemotron-h": f"a dense model is taken for a mixture: {_FROM_AUTO_CONFIG}",
         "nemotron-h-transformers-5": f"a dense model is taken for a mixture: {_FROM_AUTO_CONFIG}",
         "stablelm-12b": "the norms of the heads are stacked and dropped",

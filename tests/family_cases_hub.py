@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tests.checkpoints import Json
+from tests.family_cases_dense import LLAMA3, sliding
 from tests.family_checkpoints import Case, Refusal
 
 
@@ -34,7 +35,149 @@ def masks(layers: str, name: str) -> Any:
     return make
 
 
+HUNYUAN = {
+    "add_classification_head": False,
+    "anyres_pooling_size": 2,
+    "anyres_vit_max_image_size": None,
+    "anyres_vit_two_views": False,
+    "attention_head_dim": 32,
+    "cla_share_factor": 2,
+    "class_num": 0,
+    "dense_list": [64, 0],
+    "im_end_id": 5,
+    "im_newline_id": 11,
+    "im_start_id": 4,
+    "kv_lora_rank": None,
+    "mask_init_id": 12,
+    "max_position_embeddings": 32768,
+    "norm_type": "rms",
+    "num_media_embeds": 257,
+    "org_vocab_size": 49152,
+    "pool_type": "last",
+    "position_embedding_xdrope": False,
+    "q_lora_rank": None,
+    "rope_scaling": {
+        "alpha": 1000.0,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "type": "dynamic",
+    },
+    "rope_theta": 10000.0,
+    "skip_cls_token": False,
+    "text_end_id": 7,
+    "text_start_id": 6,
+    "use_cla": False,
+    "use_qk_norm": True,
+    "use_rotary_pos_emb": True,
+    "video_end_id": 10,
+    "video_start_id": 9,
+    "xdrope_section": None,
+}
+"""Beside what transformers knows."""
+
+HUNYUAN_ROPE = {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 1000.0, "factor": 1.0}
+
+
 CASES: Mapping[str, Case] = {
+    "yi": Case(
+        "LlamaForCausalLM",
+        {"rms_norm_eps": 1e-5, "num_attention_heads": 8, "head_dim": 8},
+        tokenizer="sentencepiece",
+        edit=spelt(
+            rope_scaling=None, rope_theta=5000000.0, pretraining_tp=1, attention_bias=False, model_type="llama"
+        ),
+    ),
+    "exaone4-hub": Case(
+        "Exaone4ForCausalLM",
+        {"sliding_window": 24, "num_hidden_layers": 64},
+        edit=spelt(
+            layer_types=sliding(*[1, 1, 1, 0] * 16),
+            sliding_window_pattern="LLLG",
+            rope_theta=500000,
+            rope_scaling={name: value for name, value in LLAMA3.items() if name != "rope_theta"},
+        ),
+    ),
+    "exaone4-pattern": Case("Exaone4ForCausalLM", {"sliding_window": 24, "num_hidden_layers": 64}, edit=spelt()),
+    "ernie4_5-hub": Case(
+        "Ernie4_5ForCausalLM", tokenizer="sentencepiece", edit=spelt(rope_theta=500000.0, use_bias=False)
+    ),
+    "ernie4_5-moe-hub": Case(
+        "Ernie4_5_MoeForCausalLM",
+        {
+            "intermediate_size": 256,
+            "moe_num_experts": 8,
+            "moe_k": 2,
+            "moe_intermediate_size": 64,
+            "moe_num_shared_experts": 2,
+        },
+        tokenizer="sentencepiece",
+        edit=spelt(
+            rope_theta=500000.0,
+            moe_capacity=[8, 8, 8],
+            moe_gate="topk",
+            moe_use_aux_free=True,
+            num_nextn_predict_layers=1,
+        ),
+        beside=lambda tensors: {
+            f"model.mtp_{part}": tensors["model.norm.weight"].clone()
+            for part in ("emb_norm.0.weight", "hidden_norm.0.weight", "block.0.input_layernorm.weight")
+        },
+    ),
+    "ernie4_5-moe-unshared": Case(
+        "Ernie4_5_MoeForCausalLM",
+        {
+            "moe_num_experts": 8,
+            "moe_k": 2,
+            "moe_intermediate_size": 64,
+            "moe_num_shared_experts": 0,
+            "moe_layer_start_index": 2,
+        },
+        tokenizer="sentencepiece",
+    ),
+    "hunyuan-hub": Case(
+        "HunYuanDenseV1ForCausalLM",
+        {"head_dim": 32, "max_position_embeddings": 32768, "rope_parameters": HUNYUAN_ROPE},
+        edit=spelt(**HUNYUAN, enable_lm_head_fp32=True, num_experts=1),
+    ),
+    "hunyuan-moe-hub": Case(
+        "HunYuanMoEV1ForCausalLM",
+        {
+            "num_experts": 4,
+            "moe_topk": 2,
+            "head_dim": 32,
+            "max_position_embeddings": 32768,
+            "rope_parameters": HUNYUAN_ROPE,
+        },
+        edit=spelt(
+            **HUNYUAN,
+            moe_intermediate_size=[128] * 3,
+            num_shared_expert=[1] * 3,
+            moe_topk=[2] * 3,
+            capacity_factor=1.0,
+            group_limited_greedy=False,
+            moe_drop_tokens=False,
+            moe_layer_num_skipped=0,
+            moe_random_routing_dropped_token=False,
+            norm_topk_prob=True,
+            routed_scaling_factor=1.0,
+            use_mixed_mlp_moe=True,
+            use_mla=False,
+        ),
+    ),
+    "seed-oss-hub": Case(
+        "SeedOssForCausalLM",
+        {
+            "attention_bias": True,
+            "attention_out_bias": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e7},
+        },
+        edit=spelt(
+            rope_scaling={"rope_type": "default"}, rope_theta=10000000.0, pretraining_tp=1, residual_dropout=0.1
+        ),
+    ),
     "gpt2-hub": Case(
         "GPT2LMHeadModel",
         edit=spelt(
@@ -120,6 +263,20 @@ REFUSED: Mapping[str, Refusal] = {
     "gpt2-unscaled": Refusal(Case("GPT2LMHeadModel", {"scale_attn_weights": False}), "scale_attn_weights"),
     "gpt2-narrow": Refusal(Case("GPT2LMHeadModel", {"n_inner": 128}), "intermediate_size"),
     "gpt-neox-without-biases": Refusal(Case("GPTNeoXForCausalLM", {"attention_bias": False}), "attention_bias"),
+    "ernie4_5-moe-interval": Refusal(
+        Case(
+            "Ernie4_5_MoeForCausalLM",
+            {"moe_num_experts": 8, "moe_intermediate_size": 64, "moe_layer_interval": 2},
+            tokenizer="sentencepiece",
+        ),
+        "moe_layer_interval",
+    ),
+    "hunyuan-shared-cache": Refusal(
+        Case("HunYuanDenseV1ForCausalLM", {"head_dim": 32}, edit=spelt(use_cla=True)), "use_cla"
+    ),
+    "hunyuan-without-norms": Refusal(
+        Case("HunYuanDenseV1ForCausalLM", {"head_dim": 32}, edit=spelt(use_qk_norm=False)), "use_qk_norm"
+    ),
     "mpt-scaled": Refusal(
         Case("MPTForCausalLM", {"attn_config": {"softmax_scale": 0.1}}, model_class="MptForCausalLM"), "attn_config"
     ),

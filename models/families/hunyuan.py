@@ -2,8 +2,8 @@
 
 from models.families import Getter, ModelFamily, Value
 from models.families import vocabulary as rules
-from models.families.keys import COMMON, integer
-from models.hparams import Hparams
+from models.families.keys import COMMON, absent, integer
+from models.hparams import Hparams, Requirement
 
 _LONG_CONTEXT = 256 * 1024
 
@@ -46,13 +46,30 @@ def _same_everywhere(name: str, otherwise: str) -> Getter:
     return value
 
 
+# What the code beside the checkpoints can do otherwise, and what is of Hunyuan's models for pictures
+_PLAIN: dict[str, Requirement] = {
+    "norm_type": (None, "rms"),
+    "use_qk_norm": (None, True),
+    "use_rotary_pos_emb": (None, True),
+    "attention_head_dim": lambda hparams: (None, hparams.head_dim),
+}
+_OTHERS = (
+    *("anyres_pooling_size", "anyres_vit_max_image_size", "anyres_vit_two_views", "vit_add_patchemb_bias"),
+    *("vit_input_resolution", "vit_mapping_type", "vit_norm_type", "vit_patch", "vit_remove_prenorm", "vit_token"),
+    *("vit_type", "vit_used_rms_norm", "num_media_embeds", "xdrope_section", "skip_cls_token"),
+    *("im_start_id", "im_end_id", "im_newline_id", "text_start_id", "text_end_id", "video_start_id", "video_end_id"),
+    *("mask_init_id", "pad_id", "org_vocab_size", "dense_list", "pool_type", "class_num", "add_classification_head"),
+    *("cla_share_factor", "enable_lm_head_fp32", "max_seq_length", "mask_id"),
+)
+
 # transformers, HunYuanDenseV1Config
 HUNYUAN = ModelFamily(
     architectures=("HunYuanDenseV1ForCausalLM",),
     gguf_arch="hunyuan-dense",
     defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 10000.0},
-    keys={**_ROPE, "expert_count": lambda hparams: None},
-    ignored=("use_qk_norm", "num_experts"),
+    requires={**_PLAIN, "num_experts": (None, 1)},
+    keys={**_ROPE, "expert_count": absent},
+    ignored=_OTHERS,
     vocabulary=rules.HUNYUAN,
 )
 
@@ -70,6 +87,7 @@ HUNYUAN_MOE = ModelFamily(
             _same_everywhere("num_shared_expert", "")(hparams) if hparams.has("num_shared_expert") else 1
         ),
     },
-    ignored=("use_qk_norm", "use_mixed_mlp_moe", "moe_drop_tokens", "moe_random_routing_dropped_token"),
+    requires={**_PLAIN, "use_mixed_mlp_moe": (None, True), "moe_layer_num_skipped": (None, 0)},
+    ignored=(*_OTHERS, "moe_drop_tokens", "moe_random_routing_dropped_token", "capacity_factor"),
     vocabulary=rules.HUNYUAN_MOE,
 )
