@@ -15,6 +15,7 @@ from tests import (
     family_cases_older,
     family_cases_recurrent,
     family_cases_remote,
+    family_cases_variants,
 )
 from tests.family_checkpoints import Case, Refusal
 
@@ -29,6 +30,7 @@ _MODULES = (
     family_cases_multimodal,
     family_cases_remote,
     family_cases_hub,
+    family_cases_variants,
 )
 
 CASES: Mapping[str, Case] = MappingProxyType(dict(chain.from_iterable(module.CASES.items() for module in _MODULES)))
@@ -36,7 +38,12 @@ if len(CASES) != sum(len(module.CASES) for module in _MODULES):
     raise ValueError("two cases have one name")
 
 REFUSED: Mapping[str, Refusal] = MappingProxyType(
-    {**family_cases_dense.REFUSED, **family_cases_experts.REFUSED, **family_cases_hub.REFUSED}
+    {
+        **family_cases_dense.REFUSED,
+        **family_cases_experts.REFUSED,
+        **family_cases_hub.REFUSED,
+        **family_cases_variants.REFUSED,
+    }
 )
 
 _NO_EXTRA_BLOCK = "theirs counts a block that predicts a further token, which transformers does not save"
@@ -49,6 +56,7 @@ DIFFERENCES: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "gemma": {"tokenizer.ggml.eot_token_id": "token 107 ends a turn in a vocabulary of 256,000 tokens"},
         "mpt": {"general.file_type": "theirs has none"},
         "mpt-hub": {"general.file_type": "theirs has none"},
+        "mpt-positions": {"general.file_type": "theirs has none"},
         "nemotron-h-moe": {
             f"blk.2.attn_{part}.weight": "theirs reorders the rows for a rope that the model does not have"
             for part in "qk"
@@ -95,6 +103,10 @@ PEER_FAILS: Mapping[str, str] = MappingProxyType(
         "granite-hybrid-transformers-5": "layer types by their newer names are all taken for Mamba",
         "hunyuan-moe": "looks for the ranks of a tiktoken tokenizer",
         "hunyuan-moe-hub": "wants heads of 128 rows, and the ranks of a tiktoken tokenizer",
+        "minicpm-stretched": "does not say how long the context was before its rope was scaled",
+        "minicpm3-stretched": "does not say how long the context was before its rope was scaled",
+        "mpt-groups": f"wants queries with a key each: {_FROM_AUTO_CONFIG}",
+        "mpt-multi-query": "as many key heads as queries",
         "nemotron-h": f"a dense model is taken for a mixture: {_FROM_AUTO_CONFIG}",
         "nemotron-h-transformers-5": f"a dense model is taken for a mixture: {_FROM_AUTO_CONFIG}",
         "stablelm-12b": "the norms of the heads are stacked and dropped",

@@ -15,8 +15,9 @@ import gguf
 import pytest
 
 import models.families
-from models.errors import UnsupportedError
+from models.errors import CheckpointError, UnsupportedError
 from models.families import ModelFamily, family_of, registry
+from models.families.keys import COMMON
 
 
 @pytest.mark.parametrize(
@@ -60,6 +61,37 @@ def lines_of_families() -> list[int]:
             if isinstance(target, ast.Name) and isinstance(vars(module).get(target.id), ModelFamily):
                 lines.append((node.end_lineno or node.lineno) - node.lineno + 1)
     return lines
+
+
+def test_sparse_attention_is_said_to_be_computed_as_dense() -> None:
+    family = family_of("MiniCPMForCausalLM")
+    assert family.note(family.hparams({})) is None
+    note = family.note(family.hparams({"sparse_config": {"dense_len": 8192}}))
+    assert note is not None
+    assert "up to 8192 tokens" in note
+
+
+def longrope(trained: float) -> dict[str, object]:
+    return {"type": "longrope", "original_max_position_embeddings": trained}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "key", "fields"),
+    [
+        ("HunYuanDenseV1ForCausalLM", "rope.freq_base", {"rope_scaling": {"type": "dynamic", "alpha": -5.5}}),
+        ("HunYuanDenseV1ForCausalLM", "rope.freq_base", {"rope_scaling": {"type": "dynamic"}, "head_dim": 2}),
+        ("HunYuanMoEV1ForCausalLM", "rope.freq_base", {"rope_scaling": {"type": "dynamic", "alpha": 1e300}}),
+        ("MPTForCausalLM", "attention.head_count_kv", {"attn_config": {"kv_n_heads": -1}}),
+        ("MPTForCausalLM", "attention.head_count_kv", {"attn_config": {"kv_n_heads": "2"}}),
+        ("Phi3ForCausalLM", "rope.scaling.attn_factor", {"rope_scaling": longrope(1)}),
+        ("Phi3ForCausalLM", "rope.scaling.original_context_length", {"rope_scaling": longrope(1e30)}),
+    ],
+)
+def test_numbers_that_make_no_model_are_refused(architecture: str, key: str, fields: dict[str, object]) -> None:
+    config = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "max_position_embeddings": 256}
+    family = family_of(architecture)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        {**COMMON, **family.keys}[key](family.hparams({**config, **fields}))
 
 
 def test_two_families_may_not_claim_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,15 +2,36 @@
 
 from dataclasses import replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from models.families import ModelFamily
 from models.families.keys import absent, fixed, head_dim, number, other_theta
-from models.families.passes import interleaved_rope, split
+from models.families.passes import change, interleaved_rope, split
 from models.hparams import Hparams
+from models.weights import Index, Weights
 
 
 def _thirds(hparams: Hparams) -> list[tuple[str, int]]:
     width = hparams.integer("hidden_size")
     return [(rf"\1.{part}_proj.weight", width) for part in "qkv"]
+
+
+_BAICHUAN_2 = 125696
+"""Tokens of its vocabulary, by which everybody tells it from Baichuan 1: no field does."""
+
+
+def _unit_rows(weights: Weights, hparams: Hparams) -> Weights:
+    """Baichuan 2 multiplies with the directions of the rows of its output matrix, whatever their lengths."""
+    if hparams.integer("vocab_size") != _BAICHUAN_2:
+        return weights
+
+    def read(rows: Index, columns: slice) -> NDArray[np.float32]:
+        whole = weights.read(rows, slice(0, weights.row_length))
+        lengths = np.maximum(np.linalg.norm(whole, axis=1, keepdims=True), 1e-12)
+        return np.ascontiguousarray((whole / lengths)[:, columns], np.float32)
+
+    return replace(weights, dtype=None, read=read)
 
 
 # The code beside its checkpoints; llama.cpp tells the 13B models, whose attention fades with distance, by 40 blocks
@@ -26,7 +47,11 @@ BAICHUAN = ModelFamily(
         "rope.dimension_count": head_dim,
     },
     requires={"num_hidden_layers": (32, 40)},
-    passes=(split(r"(.*\.self_attn)\.W_pack\.weight", _thirds), *interleaved_rope()),
+    passes=(
+        split(r"(.*\.self_attn)\.W_pack\.weight", _thirds),
+        *interleaved_rope(),
+        change(r"lm_head\.weight", _unit_rows),
+    ),
     ignored=("max_position_embeddings", "position_embedding", "user_token_id", "assistant_token_id"),
 )
 

@@ -87,10 +87,7 @@ CHATGLM = ModelFamily(
     defaults={"rope_ratio": 1, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
     aliases={
         "vocab_size": "padded_vocab_size",
-        "max_position_embeddings": "seq_length",
         "rms_norm_eps": "layernorm_epsilon",
-        "num_hidden_layers": "num_layers",
-        "intermediate_size": "ffn_hidden_size",
         "head_dim": "kv_channels",
     },
     requires={
@@ -116,6 +113,7 @@ CHATGLM = ModelFamily(
         "pre_seq_len",
         "prefix_projection",
         "quantization_bit",
+        "vocab_size",
     ),
-    vocabulary=rules.CHATGLM3,
+    vocabulary=replace(rules.CHATGLM3, special=rules.GLM.special),  # each has but one of the two vocabularies
 )

@@ -3,11 +3,12 @@
 import numpy as np
 
 from models.config_fields import is_inert, is_neutral
+from models.errors import CheckpointError
 from models.families import ModelFamily
 from models.families.keys import NO_SCALING, absent, fixed, flag, other_theta, rotary_dim
 from models.families.passes import change, rename, transposed
 from models.hparams import Hparams
-from models.rope import number_of
+from models.rope import number_of, shown
 from models.weights import Weights
 
 _PLAIN_HEADS = {"attention.key_length": absent, "attention.value_length": absent}
@@ -206,7 +207,9 @@ def _plain_attention(hparams: Hparams) -> tuple[object, ...]:
 def _mpt_heads_kv(hparams: Hparams) -> int | None:
     usual = 1 if _attention(hparams, "attn_type", "") == "multiquery_attention" else None
     given = _attention(hparams, "kv_n_heads", usual)
-    return None if given is None else int(number_of("attn_config.kv_n_heads", given))
+    if given is not None and (type(given) is not int or not 1 <= given <= hparams.n_heads):
+        raise CheckpointError(f"config.json: 'attn_config.kv_n_heads' is {shown(given)}, out of range")
+    return given
 
 
 def _alibi(hparams: Hparams) -> float:

@@ -1,5 +1,6 @@
 """Hunyuan, dense and mixture of experts."""
 
+from models.errors import CheckpointError
 from models.families import Getter, ModelFamily, Value
 from models.families import vocabulary as rules
 from models.families.keys import COMMON, absent, integer
@@ -19,8 +20,10 @@ def _if_dynamic(value: Getter, otherwise: Getter) -> Getter:
 
 
 def _stretched(hparams: Hparams) -> float:
-    dim = hparams.head_dim
-    return float(hparams.rope.theta * hparams.rope.number("alpha", 1000) ** (dim / (dim - 2)))
+    dim, alpha = hparams.head_dim, hparams.rope.number("alpha", 1000)
+    if dim <= 2 or not 1 <= alpha <= 1e9 or not 0 < hparams.rope.theta <= 1e9:
+        raise CheckpointError("config.json: alpha, rope_theta and the width of a head give no base frequency")
+    return float(hparams.rope.theta * alpha ** (dim / (dim - 2)))
 
 
 _ROPE: dict[str, Getter] = {

@@ -5,9 +5,10 @@ Source: llama.cpp, conversion/base.py `set_gguf_parameters`; the names are those
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
-from models.errors import UnsupportedError
+from models.errors import CheckpointError, UnsupportedError
 from models.families import Getter, Value
 from models.hparams import Hparams
 
@@ -119,9 +120,41 @@ def _scaling_type(hparams: Hparams) -> str | None:
     return kind if kind in ("linear", "yarn", "longrope") else None
 
 
+def trained_context(hparams: Hparams) -> int:
+    """How many tokens a model was trained with before its rope was scaled. Raises CheckpointError below 2."""
+    name = "original_max_position_embeddings"
+    trained = hparams.rope.number(name, hparams.integer("max_position_embeddings"))
+    if not 2 <= trained < 2**31:
+        raise CheckpointError(f"config.json: {name!r} is {trained:g}, out of range", field=name)
+    return int(trained)
+
+
+def longrope_attention_factor(hparams: Hparams) -> float | None:
+    """What transformers multiplies sine and cosine by: modeling_rope_utils.py `_compute_longrope_parameters`."""
+    rope, trained = hparams.rope, trained_context(hparams)
+    if rope.type != "longrope":
+        return None
+    if rope.has("attention_factor"):
+        return rope.number("attention_factor")
+    scale = hparams.integer("max_position_embeddings") / trained
+    return math.sqrt(1 + math.log(scale) / math.log(trained)) if scale > 1 else 1.0
+
+
 def _trained_context(hparams: Hparams) -> int | None:
     rope = hparams.rope
-    return int(rope.number("original_max_position_embeddings")) if rope.type == "yarn" else None
+    if rope.type == "yarn":
+        return int(rope.number("original_max_position_embeddings"))
+    return trained_context(hparams) if _is_stretched(hparams) else None
+
+
+def _is_stretched(hparams: Hparams) -> bool:
+    """Whether a longrope reaches beyond the trained context, which llama.cpp would take for all of it."""
+    return hparams.rope.type == "longrope" and trained_context(hparams) != hparams.integer("max_position_embeddings")
+
+
+def _longrope_factor(hparams: Hparams) -> float | None:
+    stretched = _is_stretched(hparams) or (hparams.rope.type == "longrope" and hparams.rope.has("attention_factor"))
+    return longrope_attention_factor(hparams) if stretched else None
 
 
 def _factor(hparams: Hparams) -> float | None:
@@ -171,6 +204,7 @@ COMMON: Mapping[str, Getter] = {
     "rope.scaling.type": _scaling_type,
     "rope.scaling.factor": _factor,
     "rope.scaling.original_context_length": _trained_context,
+    "rope.scaling.attn_factor": _longrope_factor,
     "rope.scaling.yarn_ext_factor": rope_number("extrapolation_factor"),
     "rope.scaling.yarn_attn_factor": _attention_factor,
     "rope.scaling.yarn_beta_fast": rope_number("beta_fast"),

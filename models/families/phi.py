@@ -1,12 +1,17 @@
 """Phi 2, and Phi 3 to 4 with their mixture of experts."""
 
-import math
 from dataclasses import replace
 
 from models.families import ModelFamily
 from models.families import vocabulary as rules
-from models.families.keys import NO_SCALING, absent, other_theta, rotary_dim
-from models.hparams import Hparams
+from models.families.keys import (
+    NO_SCALING,
+    absent,
+    longrope_attention_factor,
+    other_theta,
+    rotary_dim,
+    trained_context,
+)
 
 # transformers, PhiConfig; llama.cpp expects a feed-forward network of four times the width, and heads without groups
 PHI2 = ModelFamily(
@@ -36,21 +41,6 @@ PHI2 = ModelFamily(
 )
 
 
-def _trained_context(hparams: Hparams) -> int:
-    return int(hparams.rope.number("original_max_position_embeddings", hparams.integer("max_position_embeddings")))
-
-
-def _attention_factor(hparams: Hparams) -> float | None:
-    """What transformers multiplies sine and cosine by: modeling_rope_utils.py `_compute_longrope_parameters`."""
-    rope, trained = hparams.rope, _trained_context(hparams)
-    if rope.type != "longrope":
-        return None
-    if rope.has("attention_factor"):
-        return rope.number("attention_factor")
-    scale = hparams.integer("max_position_embeddings") / trained
-    return math.sqrt(1 + math.log(scale) / math.log(trained)) if scale > 1 else 1.0
-
-
 # transformers, Phi3Config; llama.cpp does not look at its window: equal up to it, and a note says so
 PHI3 = ModelFamily(
     architectures=("Phi3ForCausalLM",),
@@ -65,8 +55,8 @@ PHI3 = ModelFamily(
         **NO_SCALING,
         "attention.key_length": absent,
         "attention.value_length": absent,
-        "rope.scaling.original_context_length": _trained_context,
-        "rope.scaling.attn_factor": _attention_factor,
+        "rope.scaling.original_context_length": trained_context,
+        "rope.scaling.attn_factor": longrope_attention_factor,
         "rope.dimension_count": rotary_dim,
         "attention.sliding_window": lambda hparams: (
             hparams.natural("sliding_window") if hparams.has("sliding_window") else 0

@@ -1,4 +1,4 @@
-"""Matrices that some checkpoints keep in one come apart into those that others keep apart."""
+"""What families do to tensors that no oracle can be asked about."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def arrays(**rows: int) -> dict[str, NDArray[np.float32]]:
     return {name: random.standard_normal((n, 8)).astype(np.float32) for name, n in rows.items()}
 
 
-def after_passes(architecture: str, tensors: dict[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
+def after_passes(architecture: str, tensors: dict[str, NDArray[Any]], **fields: int) -> dict[str, NDArray[np.float32]]:
     family = family_of(architecture)
     weights: dict[str, Weights] = {name: constant(name, values) for name, values in tensors.items()}
     for step in family.passes:
-        weights = dict(step(weights, family.hparams(CONFIG)))
+        weights = dict(step(weights, family.hparams({**CONFIG, **fields})))
     return {name: tensor.values() for name, tensor in weights.items()}
 
 
@@ -41,3 +41,24 @@ def test_ernie_for_paddle(root: str) -> None:
     assert found.keys() == expected.keys()
     for name, values in expected.items():
         np.testing.assert_array_equal(found[name], values, err_msg=name)
+
+
+@pytest.mark.parametrize(("n_vocab", "normalised"), [(64_000, False), (125_696, True)])
+def test_the_output_of_baichuan_2_is_normalised(n_vocab: int, *, normalised: bool) -> None:
+    """By its code beside the checkpoints; the matrix stands for one of as many rows, a row of zeros among them."""
+    output = arrays(output=5)["output"]
+    output[3] = 0
+    found = after_passes("BaichuanForCausalLM", {"lm_head.weight": output}, vocab_size=n_vocab)["lm_head.weight"]
+    lengths = np.linalg.norm(output.astype(np.float64), axis=1)
+    lengths[3] = 1
+    np.testing.assert_allclose(found, output / lengths[:, None] if normalised else output, rtol=1e-6)
+
+
+def test_a_part_of_a_normalised_row_is_that_of_the_whole() -> None:
+    output = constant("lm_head.weight", arrays(output=5)["output"])
+    family = family_of("BaichuanForCausalLM")
+    tensors: dict[str, Weights] = {"lm_head.weight": output}
+    for step in family.passes:
+        tensors = dict(step(tensors, family.hparams({**CONFIG, "vocab_size": 125_696})))
+    found = tensors["lm_head.weight"]
+    np.testing.assert_array_equal(found.read(np.array([4, 1]), slice(2, 5)), found.values()[[4, 1], 2:5])
