@@ -84,6 +84,7 @@ _FROM_AUTO_CONFIG = "it takes the config from transformers 5, which has no such 
 PEER_FAILS: Mapping[str, str] = MappingProxyType(
     {
         "baichuan": "it calls itself until the stack is full",
+        "baichuan-7b-hub": "it calls itself until the stack is full",
         "baichuan-13b": "it calls itself until the stack is full",
         "chatglm3": "wants a vocab_size beside padded_vocab_size",
         "qwen1": "wants Qwen's own tokenizer",

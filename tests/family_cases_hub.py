@@ -152,7 +152,7 @@ CASES: Mapping[str, Case] = {
             "rope_parameters": HUNYUAN_ROPE,
         },
         edit=spelt(
-            **HUNYUAN,
+            **{**HUNYUAN, "kv_lora_rank": 512, "norm_type": "hf_rms", "mamba": False, "mamba_d_state": 128},
             moe_intermediate_size=[128] * 3,
             num_shared_expert=[1] * 3,
             moe_topk=[2] * 3,
@@ -273,6 +273,9 @@ REFUSED: Mapping[str, Refusal] = {
     ),
     "hunyuan-shared-cache": Refusal(
         Case("HunYuanDenseV1ForCausalLM", {"head_dim": 32}, edit=spelt(use_cla=True)), "use_cla"
+    ),
+    "hunyuan-latent": Refusal(
+        Case("HunYuanDenseV1ForCausalLM", {"head_dim": 32}, edit=spelt(use_mla=True, kv_lora_rank=512)), "use_mla"
     ),
     "hunyuan-without-norms": Refusal(
         Case("HunYuanDenseV1ForCausalLM", {"head_dim": 32}, edit=spelt(use_qk_norm=False)), "use_qk_norm"

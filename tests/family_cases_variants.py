@@ -164,6 +164,18 @@ _LATENT = {
 }
 
 CASES: Mapping[str, Case] = {
+    "baichuan-7b-hub": case(
+        "BaiChuanForCausalLM",
+        replace(
+            remote.BAICHUAN,
+            config={
+                **{name: value for name, value in remote.BAICHUAN.config.items() if name != "model_max_length"},
+                "max_position_embeddings": 256,
+                "model_type": "baichuan",
+            },
+        ),
+        "sentencepiece",
+    ),
     "internlm2-hub": case(
         "InternLM2ForCausalLM",
         Remote(

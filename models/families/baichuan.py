@@ -17,6 +17,11 @@ def _thirds(hparams: Hparams) -> list[tuple[str, int]]:
     return [(rf"\1.{part}_proj.weight", width) for part in "qkv"]
 
 
+def _context(hparams: Hparams) -> int:
+    name = "max_position_embeddings"
+    return hparams.integer(name if hparams.has(name) else "model_max_length")
+
+
 _BAICHUAN_2 = 125696
 """Tokens of its vocabulary, by which everybody tells it from Baichuan 1: no field does."""
 
@@ -39,8 +44,8 @@ BAICHUAN = ModelFamily(
     architectures=("BaichuanForCausalLM", "BaiChuanForCausalLM"),
     gguf_arch="baichuan",
     defaults={"rms_norm_eps": 1e-6, "rope_theta": 10000.0},
-    aliases={"max_position_embeddings": "model_max_length"},
     keys={
+        "context_length": _context,
         "attention.key_length": absent,
         "attention.value_length": absent,
         "tensor_data_layout": fixed("Meta AI original pth"),
@@ -52,7 +57,7 @@ BAICHUAN = ModelFamily(
         *interleaved_rope(),
         change(r"lm_head\.weight", _unit_rows),
     ),
-    ignored=("max_position_embeddings", "position_embedding", "user_token_id", "assistant_token_id"),
+    ignored=("model_max_length", "position_embedding", "user_token_id", "assistant_token_id"),
 )
 
 # The code beside its checkpoints
@@ -60,7 +65,6 @@ XVERSE = replace(
     BAICHUAN,
     architectures=("XverseForCausalLM",),
     gguf_arch="xverse",
-    aliases={},
     requires={},
     passes=interleaved_rope(),
     ignored=("max_tokenizer_truncation",),

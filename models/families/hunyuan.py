@@ -51,7 +51,7 @@ def _same_everywhere(name: str, otherwise: str) -> Getter:
 
 # What the code beside the checkpoints can do otherwise, and what is of Hunyuan's models for pictures
 _PLAIN: dict[str, Requirement] = {
-    "norm_type": (None, "rms"),
+    "norm_type": (None, "rms", "hf_rms"),
     "use_qk_norm": (None, True),
     "use_rotary_pos_emb": (None, True),
     "attention_head_dim": lambda hparams: (None, hparams.head_dim),
@@ -62,7 +62,10 @@ _OTHERS = (
     *("vit_type", "vit_used_rms_norm", "num_media_embeds", "xdrope_section", "skip_cls_token"),
     *("im_start_id", "im_end_id", "im_newline_id", "text_start_id", "text_end_id", "video_start_id", "video_end_id"),
     *("mask_init_id", "pad_id", "org_vocab_size", "dense_list", "pool_type", "class_num", "add_classification_head"),
-    *("cla_share_factor", "enable_lm_head_fp32", "max_seq_length", "mask_id"),
+    *("cla_share_factor", "enable_lm_head_fp32", "max_seq_length", "mask_id", "vit_path"),
+    # of attention and of layers that `use_mla` and `mamba` switch on, which are refused
+    *("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "chunk_size"),
+    *("mamba_ssm_ngroups", "mamba_d_state", "mamba_d_conv", "mamba_expand", "mamba_head_dim"),
 )
 
 # transformers, HunYuanDenseV1Config
