@@ -97,6 +97,7 @@ PEER_FAILS: Mapping[str, str] = MappingProxyType(
         "gpt-neox": f"no rotary_pct: {_FROM_AUTO_CONFIG}",
         "gpt-neox-serial": f"no rotary_pct: {_FROM_AUTO_CONFIG}",
         "gpt-neox-transformers-4": f"no rotary_pct: {_FROM_AUTO_CONFIG}",
+        "gpt-neox-tied": f"no rotary_pct: {_FROM_AUTO_CONFIG}",
         "gpt-neox-hub": f"no rotary_pct: {_FROM_AUTO_CONFIG}",
         "gpt-bigcode-heads": "takes every one for multi-query attention",
         "gpt2-hub": "finds no place for the causal masks that old checkpoints have beside the weights",

@@ -197,6 +197,7 @@ CASES: Mapping[str, Case] = {
         edit=spelt(rotary_pct=0.5, rotary_emb_base=20000, gradient_checkpointing=False, classifier_dropout=0.1),
         beside=masks("gpt_neox.layers", "attention.bias"),
     ),
+    "gpt-neox-tied": Case("GPTNeoXForCausalLM", {"tie_word_embeddings": True}),
     "gpt-bigcode-heads": Case("GPTBigCodeForCausalLM", {"multi_query": False}),
     "gpt-bigcode-hub": Case(
         "GPTBigCodeForCausalLM",

@@ -62,3 +62,23 @@ def test_a_part_of_a_normalised_row_is_that_of_the_whole() -> None:
         tensors = dict(step(tensors, family.hparams({**CONFIG, "vocab_size": 125_696})))
     found = tensors["lm_head.weight"]
     np.testing.assert_array_equal(found.read(np.array([4, 1]), slice(2, 5)), found.values()[[4, 1], 2:5])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "embedding", "output"),
+    [
+        ("BaichuanForCausalLM", "model.embed_tokens.weight", "lm_head.weight"),
+        ("XverseForCausalLM", "model.embed_tokens.weight", "lm_head.weight"),
+        ("OrionForCausalLM", "model.embed_tokens.weight", "lm_head.weight"),
+        ("InternLM2ForCausalLM", "model.tok_embeddings.weight", "output.weight"),
+    ],
+)
+def test_an_embedding_that_serves_as_output_is_there_twice(architecture: str, embedding: str, output: str) -> None:
+    """llama.cpp does not load these models without an output matrix."""
+    values = arrays(embedding=5)["embedding"]
+    for tied in (True, False):
+        found = after_passes(architecture, {embedding: values}, tie_word_embeddings=tied, vocab_size=5)
+        assert found.keys() == ({embedding, output} if tied else {embedding})
+    np.testing.assert_array_equal(
+        after_passes(architecture, {embedding: values}, tie_word_embeddings=True, vocab_size=5)[output], values
+    )

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from models.families import ModelFamily
 from models.families.keys import absent, fixed, head_dim, number, other_theta
-from models.families.passes import change, interleaved_rope, split
+from models.families.passes import change, interleaved_rope, own_output, split
 from models.hparams import Hparams
 from models.weights import Index, Weights
 
@@ -22,6 +22,7 @@ def _context(hparams: Hparams) -> int:
     return hparams.integer(name if hparams.has(name) else "model_max_length")
 
 
+_OUTPUT = own_output("model.embed_tokens.weight", "lm_head.weight")
 _BAICHUAN_2 = 125696
 """Tokens of its vocabulary, by which everybody tells it from Baichuan 1: no field does."""
 
@@ -55,6 +56,7 @@ BAICHUAN = ModelFamily(
     passes=(
         split(r"(.*\.self_attn)\.W_pack\.weight", _thirds),
         *interleaved_rope(),
+        _OUTPUT,
         change(r"lm_head\.weight", _unit_rows),
     ),
     ignored=("model_max_length", "position_embedding", "user_token_id", "assistant_token_id"),
@@ -66,7 +68,7 @@ XVERSE = replace(
     architectures=("XverseForCausalLM",),
     gguf_arch="xverse",
     requires={},
-    passes=interleaved_rope(),
+    passes=(*interleaved_rope(), _OUTPUT),
     ignored=("max_tokenizer_truncation",),
 )
 
@@ -83,4 +85,5 @@ ORION = ModelFamily(
         "rope.freq_base": other_theta(10000.0),
         "tensor_data_layout": fixed("Meta AI original pth"),
     },
+    passes=(_OUTPUT,),
 )

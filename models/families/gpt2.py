@@ -6,7 +6,7 @@ from models.config_fields import is_inert, is_neutral
 from models.errors import CheckpointError
 from models.families import ModelFamily
 from models.families.keys import NO_SCALING, absent, fixed, flag, other_theta, rotary_dim
-from models.families.passes import change, rename, transposed
+from models.families.passes import change, own_output, rename, transposed
 from models.hparams import Hparams
 from models.rope import number_of, shown
 from models.weights import Weights
@@ -101,7 +101,6 @@ GPT_NEOX = ModelFamily(
     requires={
         "hidden_act": ("gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh"),
         "attention_bias": (None, True),
-        "tie_word_embeddings": (None, False),
     },
     keys={
         **_PLAIN_HEADS,
@@ -110,7 +109,10 @@ GPT_NEOX = ModelFamily(
         "rope.freq_base": other_theta(10000.0),
         "use_parallel_residual": flag("use_parallel_residual"),
     },
-    passes=(change(r".*\.query_key_value\.(weight|bias)", _by_kind),),
+    passes=(
+        change(r".*\.query_key_value\.(weight|bias)", _by_kind),
+        own_output("gpt_neox.embed_in.weight", "embed_out.weight"),
+    ),
 )
 
 # transformers, BloomConfig

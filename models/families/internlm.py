@@ -8,7 +8,7 @@ from models.families import ModelFamily
 from models.families import vocabulary as rules
 from models.families.keys import COMMON, absent, integer, number, other_theta
 from models.families.llama import LLAMA
-from models.families.passes import each, interleave_halves, interleaved_rope
+from models.families.passes import each, interleave_halves, interleaved_rope, own_output
 from models.hparams import Hparams
 from models.weights import Weights
 
@@ -30,7 +30,10 @@ INTERNLM2 = ModelFamily(
     defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0},
     keys={"attention.key_length": absent, "attention.value_length": absent},
     requires={"bias": (None, False)},
-    passes=(each(r"(.*\.attention)\.wqkv\.(weight|bias)", _by_group),),
+    passes=(
+        each(r"(.*\.attention)\.wqkv\.(weight|bias)", _by_group),
+        own_output("model.tok_embeddings.weight", "output.weight"),
+    ),
     vocabulary=rules.INTERNLM2,
 )
 

@@ -216,3 +216,14 @@ def flat(weights: Weights, hparams: Hparams) -> Weights:
 def column(weights: Weights, hparams: Hparams) -> Weights:
     """A value for each head, [n, 1]."""
     return weights.reshaped(weights.n_weights, 1)
+
+
+def own_output(embedding: str, output: str) -> Pass:
+    """llama.cpp wants an output matrix of these models where the embedding serves as one, too."""
+
+    def apply(tensors: Tensors, hparams: Hparams) -> Tensors:
+        if output in tensors or embedding not in tensors or not hparams.ties_embeddings:
+            return tensors
+        return {**tensors, output: tensors[embedding]}
+
+    return apply
