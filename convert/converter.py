@@ -138,13 +138,13 @@ def convert_checkpoint(
                         future.result()
                 progress("encoding", source_bytes * n_weights // all_weights, source_bytes)
 
-            def data_start(wait: bool) -> int | None:
+            def data_start(wait: bool) -> list[int] | None:
                 try:
-                    return len(planned.result(_WAIT_SECONDS if wait else 0).header)
+                    return [len(planned.result(_WAIT_SECONDS if wait else 0).header)]
                 except TimeoutError:
                     return None
 
-            write_tensors(tensors, partial, data_start=data_start, threads=threads, progress=encoded)
+            write_tensors(tensors, [partial], data_start=data_start, threads=threads, progress=encoded)
             plan = planned.result()
             warnings = [*plan.warnings, *(checked.result() if checked is not None else ())]
             beside.submit(flush, partial)

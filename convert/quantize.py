@@ -198,9 +198,14 @@ def encode_rows(values: NDArray[np.float32], kind: TensorType) -> NDArray[np.uin
     encoded = np.empty(n_rows * kind.row_bytes(row_length), np.uint8)
     ggml = _ggml()
     ggml.ggml_quantize_chunk(kind.id, values.ctypes.data, encoded.ctypes.data, 0, n_rows, row_length, None)
-    if not ggml.ggml_validate_row_data(kind.id, encoded.ctypes.data, encoded.nbytes):
+    if not are_valid_rows(encoded, kind):
         raise ConversionFailed(f"its values do not fit {kind.name}")
     return encoded
+
+
+def are_valid_rows(encoded: NDArray[np.uint8], kind: TensorType) -> bool:
+    """Whether rows pass llama.cpp's own check: no NaN or infinity among values and scales."""
+    return bool(_ggml().ggml_validate_row_data(kind.id, encoded.ctypes.data, encoded.nbytes))
 
 
 def prepare_encoder(kinds: Sequence[TensorType]) -> None:
