@@ -6,6 +6,7 @@ thread, whatever the size of the model. Slabs are written where they belong, in 
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -37,8 +38,8 @@ class PlacedTensor:
     plan: TensorPlan
     kind: TensorType
     carrier: TensorType
-    offset: int
-    nbytes: int
+    offset: int = 0
+    nbytes: int = 0
     part: int = 0
     copied: Callable[[int, int], NDArray[np.uint8]] | None = None
 
@@ -92,6 +93,13 @@ def write_tensors(
                 worker.join()
     if work.error is not None:
         raise work.error
+
+
+def available_cores() -> int:
+    """The processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _slabs(tensors: Sequence[PlacedTensor]) -> Iterator[_Slab]:

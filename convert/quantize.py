@@ -124,14 +124,14 @@ def check_structure(hollow: Path, source_names: Mapping[str, str]) -> None:
     if missing := _MISSING.search(said):
         name = missing["name"]
         raise TensorError(
-            f"the checkpoint lacks a tensor of the model: {name}",
-            hint="A shard is missing, or config.json asks for more blocks than the checkpoint has.",
+            f"the source lacks a tensor of the model: {name}",
+            hint="A shard is missing, or the config asks for more blocks than there are.",
             tensor=name,
         )
     if wrong := _WRONG_SHAPE.search(said):
         name = source_names.get(wrong["name"], wrong["name"])
         raise TensorError(
-            f"tensor {printable(name)!r} does not have the shape that config.json gives it: "
+            f"tensor {printable(name)!r} does not have the shape that the model's config gives it: "
             f"it is [{_spaced(wrong['got'])}], the config makes it [{_spaced(wrong['expected'])}] (row length first)",
             hint="The config does not belong to these weights.",
             tensor=name,
@@ -174,6 +174,40 @@ def decode_rows(raw: NDArray[Any], dtype: str) -> NDArray[np.float32]:
     convert = _ggml().ggml_bf16_to_fp32_row if dtype == "BF16" else _ggml().ggml_fp16_to_fp32_row
     convert(raw.ctypes.data, values.ctypes.data, raw.size)
     return values
+
+
+class _TypeTraits(ctypes.Structure):
+    """The beginning of `ggml_type_traits` in ggml.h."""
+
+    _fields_ = (
+        ("type_name", ctypes.c_char_p),
+        ("blck_size", ctypes.c_int64),
+        ("blck_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+    )
+
+
+def decode_blocks(encoded: NDArray[np.uint8], kind: TensorType) -> NDArray[np.float32]:
+    """What whole blocks of a quantized type stand for, one row after the other; only of a type that `is_decoded`."""
+    values = np.empty(encoded.nbytes // kind.nbytes * kind.block, np.float32)
+    _traits(kind).to_float(encoded.ctypes.data, values.ctypes.data, values.size)
+    return values
+
+
+def is_decoded(kind: TensorType) -> bool:
+    """Whether llama.cpp has a way from a quantized type back to float32."""
+    traits = _traits(kind)
+    return bool(traits.is_quantized) and bool(traits.to_float)
+
+
+@cache
+def _traits(kind: TensorType) -> _TypeTraits:
+    get = _ggml().ggml_get_type_traits
+    get.argtypes, get.restype = [ctypes.c_int], ctypes.POINTER(_TypeTraits)
+    traits: _TypeTraits = get(kind.id).contents
+    return traits
 
 
 def rounded_to(values: NDArray[np.float32], carrier: TensorType) -> NDArray[np.float32]:

@@ -12,8 +12,8 @@ from models.errors import UsageError
 from models.text import human_bytes, human_count, printable
 
 if TYPE_CHECKING:
-    from convert.converter import ConversionPlan, ConversionReport
     from convert.file_types import FileType
+    from convert.placement import ConversionReport, FilePlan
 
 HELP = "convert a Hugging Face checkpoint to a quantized GGUF file"
 ORDER = 30
@@ -112,7 +112,7 @@ def _adapter(args: argparse.Namespace, source: Path) -> Path | None:
 
 def _convert_adapter(args: argparse.Namespace, adapter: Path, base: Path, name: str) -> int:
     from convert.adapter import convert_adapter
-    from convert.converter import available_cores
+    from convert.pipeline import available_cores
     from convert.quantize import tensor_type
 
     kind = (args.type or "F32").upper()
@@ -157,7 +157,7 @@ def _print_types() -> None:
     print(f"Refused where the model needs an importance matrix for them: {refused}.")
 
 
-def _print_plan(plan: ConversionPlan, *, as_json: bool) -> None:
+def _print_plan(plan: FilePlan, *, as_json: bool) -> None:
     tensors: list[dict[str, Any]] = [
         {"name": t.plan.name, "shape": list(t.plan.shape[::-1]), "type": t.kind.name, "bytes": t.nbytes}
         for t in plan.tensors
@@ -182,7 +182,7 @@ def _print_report(report: ConversionReport, *, as_json: bool, quiet: bool) -> No
         print(printable(report.path, 4096))
 
 
-def _facts(plan: ConversionPlan) -> dict[str, object]:
+def _facts(plan: FilePlan) -> dict[str, object]:
     return {
         "file_type": plan.file_type.name,
         "bytes": plan.n_bytes,
@@ -191,7 +191,7 @@ def _facts(plan: ConversionPlan) -> dict[str, object]:
     }
 
 
-def _summary(plan: ConversionPlan) -> str:
+def _summary(plan: FilePlan) -> str:
     weights = human_count(plan.n_weights)
     return (
         f"{plan.file_type.name}: {weights} weights, {human_bytes(plan.n_bytes)}, {plan.bits_per_weight:.2f} bits each"
