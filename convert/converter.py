@@ -172,7 +172,7 @@ def _open_model(source: Path, ignored_fields: Collection[str], adapter: Path | N
         tensors = merged(tensors, open_adapter(adapter))
     hparams = family.hparams(checkpoint.config, tensors)
     hparams.refuse_quantized()
-    hparams.require(family.requires)
+    hparams.require(family.requires, ignored_fields)
     return _Model(checkpoint, family, hparams, plan_tensors(tensors, family, hparams), frozenset(ignored_fields))
 
 

@@ -124,7 +124,7 @@ def _add_hparams(writer: gguf.GGUFWriter, family: ModelFamily, hparams: Hparams)
         value = getter(hparams)
         if value is None or value == []:
             continue
-        full_key = f"{family.gguf_arch}.{key}"
+        full_key = key[1:] if key.startswith("/") else f"{family.gguf_arch}.{key}"
         if isinstance(value, list):
             writer.add_array(full_key, value)
         else:

@@ -53,7 +53,7 @@ _CANONICAL = {spelling: name for name, spellings in ALIASES.items() for spelling
 # About files, generation, training, other tasks and other parts of a multimodal model: not about a token's logits.
 # Whether there are biases, and an output matrix of its own, the tensors tell.
 _INERT = """
-    _* architectures auto_map model_type *version *dtype name_or_path custom_pipelines tokenizer_class
+    _* architectures auto_map model_type *version *dtype name_or_path custom_pipelines tokenizer_class tokenizer_type
     quantization_config
     *token_id *token_ids *token_index *_token prefix task_specific_params finetuning_task problem_type unsloth*
     is_decoder is_encoder_decoder add_cross_attention cross_attention_* chunk_size_feed_forward tie_encoder_decoder

@@ -154,14 +154,12 @@ class Hparams:
         """The rotary embedding of one kind of attention, where a config tells them apart, else of all."""
         return read_rope(self, kind)
 
-    def require(
-        self, requirements: Mapping[str, tuple[object, ...] | Callable[[Hparams], tuple[object, ...]]]
-    ) -> None:
+    def require(self, requirements: Mapping[str, Requirement], ignored: Iterable[str] = ()) -> None:
         """Raise UnsupportedError for a field with a value that the family does not compute."""
         for name, allowed in requirements.items():
             value = self.get(name)
-            allowed = allowed(self) if callable(allowed) else allowed
-            if not any(value == known and type(value) is type(known) for known in allowed):
+            values = allowed(self) if callable(allowed) else allowed
+            if name not in ignored and not any(value == known and type(value) is type(known) for known in values):
                 raise _refused(name, value)
 
     def refuse_unread(self, ignored: Iterable[str] = ()) -> None:

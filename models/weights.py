@@ -46,7 +46,7 @@ class Weights:
 
     @property
     def n_rows(self) -> int:
-        return self.n_weights // self.row_length
+        return math.prod(self.shape[:-1]) if len(self.shape) > 1 else self.n_weights
 
     @property
     def grid(self) -> Index:

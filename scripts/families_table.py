@@ -27,8 +27,12 @@ def table() -> str:
 def _rows() -> Iterator[str]:
     for info in pkgutil.iter_modules(models.families.__path__):
         module = importlib.import_module(f"models.families.{info.name}")
-        families = [value for value in vars(module).values() if isinstance(value, ModelFamily)]
-        families = list({id(family): family for family in families if family.architectures}.values())
+        source = inspect.getsource(module)  # a module may import families of another
+        families = [
+            value
+            for name, value in vars(module).items()
+            if isinstance(value, ModelFamily) and value.architectures and f"\n{name} = " in source
+        ]
         if families:
             about = (inspect.getdoc(module) or "").split("\n\n")[0].replace("\n", " ").rstrip(".")
             architectures = ", ".join(f"`{name}`" for family in families for name in family.architectures)

@@ -13,6 +13,7 @@ from tests import (
     family_cases_multimodal,
     family_cases_older,
     family_cases_recurrent,
+    family_cases_remote,
 )
 from tests.family_checkpoints import Case, Refusal
 
@@ -25,6 +26,7 @@ _MODULES = (
     family_cases_recurrent,
     family_cases_older,
     family_cases_multimodal,
+    family_cases_remote,
 )
 
 CASES: Mapping[str, Case] = MappingProxyType(dict(chain.from_iterable(module.CASES.items() for module in _MODULES)))
@@ -40,6 +42,19 @@ _CONTEXT = "theirs is the width of the model, or a constant"
 DIFFERENCES: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "bloom": {"bloom.context_length": _CONTEXT},
+        "gemma": {"tokenizer.ggml.eot_token_id": "token 107 ends a turn in a vocabulary of 256,000 tokens"},
+        "mpt": {"general.file_type": "theirs has none"},
+        "nemotron-h-moe": {
+            f"blk.2.attn_{part}.weight": "theirs reorders the rows for a rope that the model does not have"
+            for part in "qk"
+        },
+        "xverse": {
+            "xverse.attention.head_count_kv": "theirs has none, which means the same",
+            **dict.fromkeys(
+                ("tokenizer.ggml.merges", "tokenizer.ggml.model", "tokenizer.ggml.pre"),
+                "theirs takes every tokenizer.json of an XVERSE for one with byte fallback",
+            ),
+        },
         "falcon-40b": {"falcon.context_length": _CONTEXT},
         "glm": {
             "chatglm.context_length": _CONTEXT,
@@ -55,6 +70,10 @@ _FROM_AUTO_CONFIG = "it takes the config from transformers 5, which has no such 
 
 PEER_FAILS: Mapping[str, str] = MappingProxyType(
     {
+        "baichuan": "it calls itself until the stack is full",
+        "baichuan-13b": "it calls itself until the stack is full",
+        "chatglm3": "wants a vocab_size beside padded_vocab_size",
+        "qwen1": "wants Qwen's own tokenizer",
         "cohere2-transformers-5": f"no rotary_pct: {_FROM_AUTO_CONFIG}",
         "deepseek3-transformers-5": "no scoring_func: softmax instead of sigmoid",
         "falcon-7b": "transformers counts as many key heads as queries, and the rows do not divide so",

@@ -190,7 +190,7 @@ REFUSED: Mapping[str, Refusal] = {
     "qwen3-bias": Refusal(Case("Qwen3ForCausalLM", {"attention_bias": True}, tokenizer="qwen"), "attention_bias"),
     "ernie4_5-bias": Refusal(Case("Ernie4_5ForCausalLM", {"use_bias": True}, tokenizer="sentencepiece"), "use_bias"),
     "exaone4-few-layers": Refusal(
-        Case("Exaone4ForCausalLM", {"sliding_window": 24, "num_hidden_layers": 5}), "sliding_window"
+        Case("Exaone4ForCausalLM", {"sliding_window": 24, "num_hidden_layers": 5}), "layer_types"
     ),
     "cohere-qk-norm-few-layers": Refusal(Case("CohereForCausalLM", {"use_qk_norm": True}), "use_qk_norm"),
 }

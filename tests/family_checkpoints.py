@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -119,7 +120,10 @@ def make_checkpoint(case: Case, folder: Path, starter: Path) -> None:
     if case.adjust:
         with torch.no_grad():
             case.adjust(model)
-    model.to(getattr(torch, case.dtype)).save_pretrained(folder, max_shard_size="256KB")
+    with warnings.catch_warnings():  # of complex buffers, which are not saved
+        warnings.simplefilter("ignore")
+        model.to(getattr(torch, case.dtype))
+    model.save_pretrained(folder, max_shard_size="256KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     edit_json(folder / "config.json", lambda fields: fields.update(architectures=[case.architecture]))
     if case.edit:

@@ -48,7 +48,7 @@ class ModelFamily:
     aliases        LlamaConfig's name of a field -> what this config calls it, where `config_fields.ALIASES` errs
     requires       field -> the only values that llama.cpp's graph computes
     ignored        fields that do not change what a token's logits are
-    keys           metadata key without the architecture's prefix -> its value
+    keys           metadata key without the architecture's prefix -> its value; "/key" has none
     passes         what is done to the tensors, one pass after the other
     n_blocks       how many blocks the file has, if not `num_hidden_layers`
     variant        another family for some configs of the same architecture

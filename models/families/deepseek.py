@@ -51,12 +51,17 @@ def _leading_dense(hparams: Hparams) -> int:
     return given
 
 
-def _groups_note(hparams: Hparams) -> str | None:
-    if hparams.get("topk_method") != "group_limited_greedy" or hparams.get("n_group") in (None, 1):
-        return None
-    return (
-        "llama.cpp weighs a group of experts by its two best, this model was trained with the best: answers may differ"
-    )
+def _routing(hparams: Hparams) -> tuple[object, ...]:
+    """llama.cpp picks groups of experts by their two best, as V3 does: by the best one, as V2, only if all count."""
+    groups = hparams.get("n_group")
+    all_count = groups in (None, 1) or groups == hparams.get("topk_group")
+    return None, "greedy", "noaux_tc", *(("group_limited_greedy",) if all_count else ())
+
+
+def _query_rank(hparams: Hparams) -> tuple[object, ...]:
+    """llama.cpp knows the models whose queries are not compressed by their number of blocks."""
+    rank = hparams.get("q_lora_rank")
+    return (rank,) if rank is not None or hparams.n_layers in (26, 27) else ()
 
 
 # transformers, DeepseekV2Config; llama.cpp computes its attention with one key for all heads
@@ -79,7 +84,8 @@ DEEPSEEK_V2 = ModelFamily(
     requires={
         "moe_layer_freq": (None, 1),
         "rope_interleave": (None, True),
-        "topk_method": (None, "greedy", "group_limited_greedy", "noaux_tc"),
+        "topk_method": _routing,
+        "q_lora_rank": _query_rank,
         "head_dim": lambda hparams: (None, hparams.integer("qk_rope_head_dim"), hparams.get("qk_head_dim")),
     },
     keys={
@@ -105,7 +111,6 @@ DEEPSEEK_V2 = ModelFamily(
     },
     passes=(without_blocks_beyond, each(r"(.*)\.kv_b_proj\.weight", _split_kv)),
     ignored=(*_TRAINING, "num_key_value_heads"),
-    note=_groups_note,
 )
 
 # transformers, DeepseekV3Config

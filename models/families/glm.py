@@ -5,6 +5,7 @@ from dataclasses import replace
 from models.families import ModelFamily
 from models.families import vocabulary as rules
 from models.families.keys import absent, fixed, flag, integer, natural, number, rotary_dim
+from models.families.passes import drop, rename
 from models.hparams import Hparams
 
 _DEFAULTS = {
@@ -72,4 +73,49 @@ GLM4_MOE = replace(
     ignored=("use_qk_norm",),  # the tensors tell
     n_blocks=lambda hparams: hparams.n_layers + extra_blocks(hparams),
     vocabulary=rules.GLM4_MOE,
+)
+
+
+def _chatglm_kv(hparams: Hparams) -> int:
+    return hparams.integer("multi_query_group_num") if hparams.flag("multi_query_attention") else hparams.n_heads
+
+
+# The code beside the checkpoints of ChatGLM 3 and GLM-4-9B
+CHATGLM = ModelFamily(
+    architectures=("ChatGLMModel", "ChatGLMForConditionalGeneration"),
+    gguf_arch="chatglm",
+    defaults={"rope_ratio": 1, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    aliases={
+        "vocab_size": "padded_vocab_size",
+        "max_position_embeddings": "seq_length",
+        "rms_norm_eps": "layernorm_epsilon",
+        "num_hidden_layers": "num_layers",
+        "intermediate_size": "ffn_hidden_size",
+        "head_dim": "kv_channels",
+    },
+    requires={
+        "rmsnorm": (None, True),
+        "post_layer_norm": (None, True),
+        "apply_residual_connection_post_layernorm": (None, False),
+        "original_rope": (None, True),
+        "attention_softmax_in_fp32": (None, True),
+    },
+    keys={
+        "attention.key_length": absent,
+        "attention.value_length": absent,
+        "attention.head_count_kv": _chatglm_kv,
+        "rope.dimension_count": rotary_dim,
+        "rope.freq_base": lambda hparams: 10000.0 * hparams.number("rope_ratio"),
+    },
+    passes=(rename(r"transformer\.(.*)", r"\1"), drop(r".*rotary_pos_emb\.inv_freq")),
+    ignored=(
+        "apply_query_key_layer_scaling",
+        "bias_dropout_fusion",
+        "fp32_residual_connection",
+        "interleaved_qkv",
+        "pre_seq_len",
+        "prefix_projection",
+        "quantization_bit",
+    ),
+    vocabulary=rules.CHATGLM3,
 )

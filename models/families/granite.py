@@ -26,7 +26,7 @@ GRANITE = ModelFamily(
     vocabulary=rules.GRANITE,
 )
 
-_EXPERTS = (
+EXPERTS = (
     halves(
         r"(.*)\.block_sparse_moe\.input_linear\.weight",
         r"\1.mlp.experts.gate_proj.weight",
@@ -34,7 +34,7 @@ _EXPERTS = (
     ),
     rename(r"(.*)\.block_sparse_moe\.output_linear\.weight", r"\1.mlp.experts.down_proj.weight"),
 )
-_SHARED = halves(
+SHARED = halves(
     r"(.*)\.shared_mlp\.input_linear\.weight",
     r"\1.mlp.shared_expert.gate_proj.weight",
     r"\1.mlp.shared_expert.up_proj.weight",
@@ -52,5 +52,5 @@ GRANITE_MOE = replace(
             (hparams.natural("shared_intermediate_size") or None) if hparams.has("shared_intermediate_size") else None
         ),
     },
-    passes=(*GRANITE.passes, *_EXPERTS, _SHARED),
+    passes=(*GRANITE.passes, *EXPERTS, SHARED),
 )

@@ -180,7 +180,7 @@ COMMON: Mapping[str, Getter] = {
     "attention.layer_norm_rms_epsilon": number("rms_norm_eps"),
     "attention.layer_norm_epsilon": number("layer_norm_eps"),
     "expert_count": natural("num_experts"),
-    "expert_used_count": integer("num_experts_per_tok"),
+    "expert_used_count": natural("num_experts_per_tok"),
     "expert_group_count": natural("n_group"),
     "expert_group_used_count": natural("topk_group"),
     "expert_gating_func": _gating,

@@ -1,9 +1,10 @@
-"""Qwen 1.5 to 3, dense and mixtures of experts."""
+"""Qwen 1 to 3, dense and mixtures of experts."""
 
 from dataclasses import replace
 
 from models.families import ModelFamily
-from models.families.keys import integer
+from models.families import vocabulary as rules
+from models.families.keys import absent, head_dim, integer, number
 
 _NO_WINDOW = ("sliding_window", "max_window_layers")  # of a window that is not in use
 
@@ -55,4 +56,24 @@ QWEN3_MOE = replace(
     defaults={**QWEN2.defaults, "moe_intermediate_size": 768, "num_experts_per_tok": 8, "num_experts": 128},
     requires={**QWEN3.requires, **_ALL_EXPERTS, "norm_topk_prob": (True,)},
     keys={"expert_feed_forward_length": integer("moe_intermediate_size")},
+)
+
+# The code beside its checkpoints; what it does beyond the trained length llama.cpp does not
+QWEN1 = ModelFamily(
+    architectures=("QWenLMHeadModel",),
+    gguf_arch="qwen",
+    defaults={"max_position_embeddings": 8192, "layer_norm_eps": 1e-6, "rope_theta": 10000.0},
+    requires={
+        "kv_channels": lambda hparams: (None, hparams.integer("hidden_size") // hparams.n_heads),
+        "rotary_pct": (None, 1, 1.0),
+        "scale_attn_weights": (None, True),
+    },
+    keys={
+        "attention.head_count_kv": absent,
+        "attention.layer_norm_epsilon": absent,
+        "attention.layer_norm_rms_epsilon": number("layer_norm_eps"),
+        "rope.dimension_count": head_dim,
+    },
+    ignored=("use_dynamic_ntk", "use_logn_attn", "softmax_in_fp32", "onnx_safe", "no_bias"),
+    vocabulary=rules.QWEN1,
 )
