@@ -34,13 +34,15 @@ _FORBIDDEN = frozenset('<>:"/\\|?*')
 
 @dataclass(frozen=True)
 class LibraryModel:
-    """One model. `size` in bytes, over all `parts` of a split one; `path` is what to load."""
+    """One model. `size` in bytes, over all `parts` of a split one that are there; `path` is what to load."""
 
     name: str
     path: Path
     parts: tuple[Path, ...]
     size: int
     modified: float
+    missing: int
+    """How many parts are not there."""
 
 
 def home() -> Path:
@@ -75,7 +77,8 @@ def list_models() -> list[LibraryModel]:
         name = base if bases[base] == 1 or not count else parts[0].stem
         stats = [part.stat() for part in parts]
         size, modified = sum(s.st_size for s in stats), max(s.st_mtime for s in stats)
-        models.append(LibraryModel(name, parts[0], tuple(parts), size, modified))
+        missing = max(count - len(parts), 0)
+        models.append(LibraryModel(name, parts[0], tuple(parts), size, modified, missing))
     return sorted(models, key=lambda model: model.name.casefold())
 
 

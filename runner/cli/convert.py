@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from convert.file_types import FileType
     from convert.placement import ConversionReport, FilePlan, Progress
 
-HELP = "convert a Hugging Face checkpoint or a GGUF file to a quantized GGUF file"
+HELP = "convert a checkpoint, or a GGUF file, to a quantized GGUF file"
 ORDER = 30
 
 
