@@ -80,7 +80,7 @@ def convert_adapter(
         with partial.open("r+b") as file:
             file.write(header)
         write_tensors(
-            placed, partial, data_start=lambda wait: len(header), threads=threads, progress=lambda done: None
+            placed, [partial], data_start=lambda wait: [len(header)], threads=threads, progress=lambda done: None
         )
     return AdapterReport(output, len(placed) // 2, len(header) + offset)
 

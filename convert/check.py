@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from convert.check_texts import CHECK_TEXTS, LIMIT_TEXTS
 from models.errors import CheckFailed, HandmillError
 from models.native import forward_pass, open_vocabulary
 
-__all__ = ["CHECK_TEXTS", "LIMIT_TEXTS", "check_computation", "check_vocabulary"]
+__all__ = ["CHECK_TEXTS", "LIMIT_TEXTS", "check_computation", "check_forward_pass", "check_vocabulary"]
 
 _FORWARD_TOKENS = 2
 
@@ -48,8 +48,15 @@ def check_computation(
     tokens = next((ids for ids in expected_ids.values() if ids), [0])
     # The vocabulary was checked on its own; a large one takes longer to load than the pass.
     no_vocabulary: dict[str, int | str] = {"tokenizer.ggml.model": "none", f"{architecture}.vocab_size": n_vocab}
+    check_forward_pass(path, tokens[:_FORWARD_TOKENS], overrides=no_vocabulary, threads=threads)
+
+
+def check_forward_pass(
+    path: Path, tokens: Sequence[int] = (0, 1), *, threads: int, overrides: Mapping[str, int | str] | None = None
+) -> None:
+    """Run one forward pass over a file. Raises CheckFailed if llama.cpp cannot, or the logits are not finite."""
     with _translated():
-        logits = forward_pass(path, tokens[:_FORWARD_TOKENS], threads=threads, overrides=no_vocabulary)
+        logits = forward_pass(path, tokens, threads=threads, overrides=overrides)
     if not np.isfinite(logits).all():
         raise CheckFailed(
             "a forward pass gives NaN or infinite logits",

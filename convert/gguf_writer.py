@@ -53,14 +53,15 @@ def padded(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def header_bytes(metadata: Mapping[str, TypedValue], tensors: Sequence[TensorEntry]) -> bytes:
+def header_bytes(metadata: Mapping[str, TypedValue | bytes], tensors: Sequence[TensorEntry]) -> bytes:
     """Everything before the tensor data, padded to where it begins.
 
-    Offsets follow the order of `tensors`. Raises struct.error for a value that its type cannot hold.
+    Metadata in bytes is a key with its type and value, as another file has it. Offsets follow the order of `tensors`.
+    Raises struct.error for a value that its type cannot hold.
     """
     parts = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(metadata))]
     for key, entry in metadata.items():
-        parts += [_string(key), struct.pack("<I", entry.type), _value(entry)]
+        parts += [entry] if isinstance(entry, bytes) else [_string(key), struct.pack("<I", entry.type), _value(entry)]
     offset = 0
     for tensor in tensors:
         n_dims = len(tensor.shape)

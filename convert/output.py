@@ -1,16 +1,17 @@
-"""A file that appears whole or not at all."""
+"""A file, or a set of files, that appears whole or not at all."""
 
 from __future__ import annotations
 
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from models.errors import OutputError
+from models.gguf_parts import part_name, split_name
 from models.text import human_bytes
 
 try:
@@ -24,35 +25,61 @@ _PARTIAL = ".partial"
 
 @contextmanager
 def whole_file(path: Path, nbytes: int, *, force: bool) -> Iterator[Path]:
-    """A temporary file of `nbytes` beside `path`, which takes its name when the block ends without an error.
+    """`whole_files` for one file."""
+    with whole_files([path], [nbytes], force=force) as [partial]:
+        yield partial
 
-    Whatever else ends the block removes it. One that a killed run left behind is removed first; a lock tells it
-    from one that is being written. Raises OutputError: the folder is missing or read-only, the file exists and
+
+@contextmanager
+def whole_files(paths: Sequence[Path], sizes: Sequence[int], *, force: bool) -> Iterator[list[Path]]:
+    """Temporary files of `sizes` bytes beside `paths`, of one folder, which take their names when the block ends
+    without an error, the first one last.
+
+    Whatever else ends the block removes them. What a killed run left behind is removed first; a lock on the first
+    tells it from what is being written. Raises OutputError: the folder is missing or read-only, a file exists and
     `force` is false, the disk is too small.
     """
-    check_output(path, nbytes, force=force)
-    partial = _partial_of(path)
-    with translated(path):
-        file = _create_locked(partial, path)
+    check_outputs(paths, sum(sizes), force=force)
+    partials = [_partial_of(path) for path in paths]
+    with translated(paths[0]):
+        lock = _create_locked(partials[0], paths[0])
+    renaming = False
     try:
-        with translated(path):
-            file.truncate(nbytes)
-        yield partial
-        with translated(path):
-            os.fsync(file.fileno())
-        if not force and path.exists():
-            raise _exists(path)
-        _let_go_on_windows(file)
-        with translated(path):
-            partial.replace(path)
-            _sync_folder(path.parent)
+        for path, partial, nbytes in zip(paths, partials, sizes, strict=True):
+            with translated(path):
+                if partial is not partials[0]:
+                    partial.unlink(missing_ok=True)
+                    partial.touch(exist_ok=False)
+                os.truncate(partial, nbytes)
+        yield partials
+        for path, partial in zip(paths, partials, strict=True):
+            with translated(path), partial.open("rb+") as file:
+                os.fsync(file.fileno())
+            if not force and path.exists():
+                raise _exists(path)
+        _let_go_on_windows(lock)
+        others = _other_sets(paths)
+        renaming = True
+        for path, partial in zip(reversed(paths), reversed(partials), strict=True):
+            with translated(path):
+                partial.replace(path)
+        for path in others:
+            path.unlink(missing_ok=True)
+        _sync_folder(paths[0].parent)
     except BaseException:
-        _let_go_on_windows(file)
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+        _let_go_on_windows(lock)
+        if renaming and any(partial.exists() for partial in partials):  # some have their names: no set without all
+            _remove(path for path, partial in zip(paths, partials, strict=True) if not partial.exists())
+        _remove(partials)
         raise
     finally:
-        file.close()  # and with it the lock: until here no other run can take the name
+        lock.close()  # until here no other run can take the name
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in list(paths):
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def _let_go_on_windows(file: BinaryIO) -> None:
@@ -62,7 +89,30 @@ def _let_go_on_windows(file: BinaryIO) -> None:
 
 
 def _partial_of(path: Path) -> Path:
+    """Hidden, and for a part of a set still named so that llama.cpp finds the others."""
+    if part := split_name(path.stem):
+        base, number, count = part
+        return path.with_name(part_name(f".{base}{_PARTIAL}", number, count))
     return path.with_name(f".{path.name}{_PARTIAL}")
+
+
+def _final_of(partial: Path) -> Path:
+    """The inverse of `_partial_of`; another path is returned as it is."""
+    part = split_name(partial.stem)
+    name = part[0] if part else partial.name
+    if not (name.startswith(".") and name.endswith(_PARTIAL)):
+        return partial
+    name = name[1:].removesuffix(_PARTIAL)
+    return partial.with_name(part_name(name, *part[1:]) if part else name)
+
+
+def _other_sets(paths: Sequence[Path]) -> list[Path]:
+    """The parts of sets of the same name and of another number of parts."""
+    part = split_name(paths[0].stem)
+    if part is None:
+        return []
+    found = ((path, split_name(path.stem)) for path in paths[0].parent.iterdir() if path.suffix == paths[0].suffix)
+    return sorted(path for path, other in found if other and other[0] == part[0] and other[2] != part[2])
 
 
 def flush(path: Path) -> None:
@@ -72,26 +122,38 @@ def flush(path: Path) -> None:
 
 
 def check_output(path: Path, nbytes: int, *, force: bool) -> None:
-    """Raise OutputError for what can be known before anything is computed."""
-    folder = path.parent
-    with translated(path):  # a name may be too long even to be looked for
-        is_folder, exists = path.is_dir(), path.exists()
-    if is_folder:
-        raise OutputError(f"{path} is a directory", hint="Give the name of a file: -o FOLDER/NAME.gguf.", path=path)
+    """`check_outputs` for one file."""
+    check_outputs([path], nbytes, force=force)
+
+
+def check_outputs(paths: Sequence[Path], nbytes: int, *, force: bool) -> None:
+    """Raise OutputError for what can be known before anything is computed. `nbytes`: of all files together."""
+    folder = paths[0].parent
+    for path in paths:
+        with translated(path):  # a name may be too long even to be looked for
+            is_folder = path.is_dir()
+        if is_folder:
+            raise OutputError(
+                f"{path} is a directory", hint="Give the name of a file: -o FOLDER/NAME.gguf.", path=path
+            )
     if not folder.is_dir():
-        raise OutputError(f"no such folder: {folder}", hint=f"Make it first: mkdir -p '{folder}'.", path=path)
+        raise OutputError(f"no such folder: {folder}", hint=f"Make it first: mkdir -p '{folder}'.", path=paths[0])
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise OutputError(f"{folder} is not writable", hint="Choose another place with -o.", path=path)
-    if exists and not force:
-        raise _exists(path)
+        raise OutputError(f"{folder} is not writable", hint="Choose another place with -o.", path=paths[0])
+    with translated(paths[0]):
+        existing = [*(path for path in paths if path.exists()), *_other_sets(paths)]
+    if existing and not force:
+        raise _exists(existing[0])
     free = shutil.disk_usage(folder).free
-    with suppress(OSError):  # what a killed run left behind makes room
-        free += _partial_of(path).stat().st_blocks * 512
+    for path in paths:
+        with suppress(OSError):  # what a killed run left behind makes room
+            free += _partial_of(path).stat().st_blocks * 512
     if nbytes > free:
         raise OutputError(
-            f"{path} will take {human_bytes(nbytes)}, and {folder} has {human_bytes(free)} free",
+            f"{paths[0]} will take {human_bytes(nbytes)}{' in all' if len(paths) > 1 else ''}, "
+            f"and {folder} has {human_bytes(free)} free",
             hint="Make room, choose another place with -o, or a smaller --type.",
-            path=path,
+            path=paths[0],
             needed=nbytes,
             free=free,
         )
@@ -100,8 +162,7 @@ def check_output(path: Path, nbytes: int, *, force: bool) -> None:
 @contextmanager
 def translated(path: Path) -> Iterator[None]:
     """Turn an OSError of writing `path`, or of the temporary file for it, into an OutputError that says what to do."""
-    if path.name.startswith(".") and path.name.endswith(_PARTIAL):
-        path = path.with_name(path.name[1:].removesuffix(_PARTIAL))
+    path = _final_of(path)
     try:
         yield
     except OSError as error:

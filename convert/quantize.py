@@ -124,14 +124,14 @@ def check_structure(hollow: Path, source_names: Mapping[str, str]) -> None:
     if missing := _MISSING.search(said):
         name = missing["name"]
         raise TensorError(
-            f"the checkpoint lacks a tensor of the model: {name}",
-            hint="A shard is missing, or config.json asks for more blocks than the checkpoint has.",
+            f"the source lacks a tensor of the model: {name}",
+            hint="A shard is missing, or the config asks for more blocks than there are.",
             tensor=name,
         )
     if wrong := _WRONG_SHAPE.search(said):
         name = source_names.get(wrong["name"], wrong["name"])
         raise TensorError(
-            f"tensor {printable(name)!r} does not have the shape that config.json gives it: "
+            f"tensor {printable(name)!r} does not have the shape that the model's config gives it: "
             f"it is [{_spaced(wrong['got'])}], the config makes it [{_spaced(wrong['expected'])}] (row length first)",
             hint="The config does not belong to these weights.",
             tensor=name,
@@ -176,6 +176,40 @@ def decode_rows(raw: NDArray[Any], dtype: str) -> NDArray[np.float32]:
     return values
 
 
+class _TypeTraits(ctypes.Structure):
+    """The beginning of `ggml_type_traits` in ggml.h."""
+
+    _fields_ = (
+        ("type_name", ctypes.c_char_p),
+        ("blck_size", ctypes.c_int64),
+        ("blck_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+    )
+
+
+def decode_blocks(encoded: NDArray[np.uint8], kind: TensorType) -> NDArray[np.float32]:
+    """What whole blocks of a quantized type stand for, one row after the other; only of a type that `is_decoded`."""
+    values = np.empty(encoded.nbytes // kind.nbytes * kind.block, np.float32)
+    _traits(kind).to_float(encoded.ctypes.data, values.ctypes.data, values.size)
+    return values
+
+
+def is_decoded(kind: TensorType) -> bool:
+    """Whether llama.cpp has a way from a quantized type back to float32."""
+    traits = _traits(kind)
+    return bool(traits.is_quantized) and bool(traits.to_float)
+
+
+@cache
+def _traits(kind: TensorType) -> _TypeTraits:
+    get = _ggml().ggml_get_type_traits
+    get.argtypes, get.restype = [ctypes.c_int], ctypes.POINTER(_TypeTraits)
+    traits: _TypeTraits = get(kind.id).contents
+    return traits
+
+
 def rounded_to(values: NDArray[np.float32], carrier: TensorType) -> NDArray[np.float32]:
     """`values` as they come back from F16 or BF16: llama.cpp's converter passes every tensor through one type."""
     if carrier is F32:
@@ -198,9 +232,14 @@ def encode_rows(values: NDArray[np.float32], kind: TensorType) -> NDArray[np.uin
     encoded = np.empty(n_rows * kind.row_bytes(row_length), np.uint8)
     ggml = _ggml()
     ggml.ggml_quantize_chunk(kind.id, values.ctypes.data, encoded.ctypes.data, 0, n_rows, row_length, None)
-    if not ggml.ggml_validate_row_data(kind.id, encoded.ctypes.data, encoded.nbytes):
+    if not are_valid_rows(encoded, kind):
         raise ConversionFailed(f"its values do not fit {kind.name}")
     return encoded
+
+
+def are_valid_rows(encoded: NDArray[np.uint8], kind: TensorType) -> bool:
+    """Whether rows pass llama.cpp's own check: no NaN or infinity among values and scales."""
+    return bool(_ggml().ggml_validate_row_data(kind.id, encoded.ctypes.data, encoded.nbytes))
 
 
 def prepare_encoder(kinds: Sequence[TensorType]) -> None:

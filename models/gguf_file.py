@@ -17,7 +17,6 @@ from math import prod
 from pathlib import Path
 from typing import TypeAlias, overload
 
-from models.errors import ModelFileError
 from models.gguf_cursor import ARRAY, SCALARS, STRING, Cursor, Scalar, looks_like, open_gguf
 from models.gguf_types import FILE_TYPES, TENSOR_TYPES
 from models.text import human_bytes, printable
@@ -27,6 +26,8 @@ DEFAULT_ALIGNMENT = 32
 MAX_KEY_BYTES = 65_535
 MAX_DIMENSIONS = 4
 MAX_TENSOR_NAME_BYTES = 63
+_KINDS = {"general.alignment": 4, "split.no": 2, "split.count": 2, "split.tensors.count": 5}
+"""Keys that end llama.cpp's process where they have another type: u32, u16, u16, i32."""
 
 
 class LazyArray(Sequence[Scalar]):
@@ -155,22 +156,15 @@ def peek_gguf(path: Path) -> GgufFile:
     return read_gguf(path)  # it comes after the vocabulary, or it has to be counted from the tensors
 
 
-def check_model_file(path: Path) -> None:
-    """Raise ModelFileError unless `path` is a whole GGUF file that a model can be loaded from."""
-    gguf = read_gguf(path)
-    part, parts = gguf.integer("split.no"), gguf.integer("split.count")
-    if part and parts:
-        raise ModelFileError(
-            f"{printable(path)} is part {part + 1} of {parts}",
-            hint=f"Give the first part: the file whose name ends in -00001-of-{parts:05d}.gguf.",
-            path=path,
-        )
-    if "general.architecture" not in gguf.metadata:
-        raise ModelFileError(
-            f"{printable(path)} is a GGUF file that names no architecture, so it is no model",
-            hint="It may be an adapter or an importance matrix. Give the model that it belongs to.",
-            path=path,
-        )
+def raw_metadata(path: Path) -> dict[str, bytes]:
+    """Each key with its type and value, as the bytes that stand in the file, in their order. Raises ModelFileError."""
+    with open_gguf(path) as cursor:
+        _, _, n_kv = _counts(cursor)
+        raw, start = {}, cursor.position
+        for key, _ in _key_values(cursor, n_kv):
+            raw[key] = cursor.data[start : cursor.position]
+            start = cursor.position
+        return raw
 
 
 def _counts(cursor: Cursor) -> tuple[int, int, int]:
@@ -200,14 +194,16 @@ def _key_values(cursor: Cursor, n_kv: int, stop_before: str | None = None) -> It
     for index in range(n_kv):
         key = cursor.text(f"metadata key {index}", MAX_KEY_BYTES)
         what = f"key '{printable(key)}'"
-        if not key:
-            cursor.fail(f"metadata key {index} is empty")
+        if not key or "\0" in key:
+            cursor.fail(f"metadata key {index} is empty" if not key else f"{what} has a NUL in it")
         if key in seen:
             cursor.fail(f"{what} appears twice")
         if key == stop_before:
             return
         seen.add(key)
         kind = cursor.u32(what)
+        if kind != _KINDS.get(key, kind):
+            cursor.fail(f"{what} has a value of type {kind}; llama.cpp takes type {_KINDS[key]} only")
         if kind != ARRAY:
             yield key, cursor.scalar(kind, what)
             continue

@@ -17,29 +17,32 @@ import os
 import re
 import shutil
 import tempfile
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from models.errors import LibraryError, OutputError
+from models.gguf_parts import split_name
 from models.text import printable
 
 SUFFIX = ".gguf"
-_PART = re.compile(r"-(\d{5})-of-(\d{5})$")
 _WINDOWS_DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³]|conin\$|conout\$)(\.|$)", re.IGNORECASE)
 _FORBIDDEN = frozenset('<>:"/\\|?*')
 
 
 @dataclass(frozen=True)
 class LibraryModel:
-    """One model. `size` in bytes, over all `parts` of a split one; `path` is what to load."""
+    """One model. `size` in bytes, over all `parts` of a split one that are there; `path` is what to load."""
 
     name: str
     path: Path
     parts: tuple[Path, ...]
     size: int
     modified: float
+    missing: int
+    """How many parts are not there."""
 
 
 def home() -> Path:
@@ -61,16 +64,21 @@ def checkpoints_folder() -> Path:
 
 def list_models() -> list[LibraryModel]:
     """Every model in the library, by name. An empty or missing folder gives none."""
-    groups: dict[str, list[Path]] = {}
+    groups: dict[tuple[str, int], list[Path]] = {}
     with suppress(OSError):
         for path in sorted(models_folder().iterdir()):
             if path.suffix.lower() == SUFFIX and not path.name.startswith(".") and path.is_file():
-                groups.setdefault(_PART.sub("", path.stem), []).append(path)
+                base, _, count = split_name(path.stem) or (path.stem, 0, 0)
+                groups.setdefault((base, count), []).append(path)
+    bases = Counter(base for base, _ in groups)
     models = []
-    for name, parts in groups.items():
+    for (base, count), parts in groups.items():
+        # a whole file beside parts of the same name, or sets of several counts, are models of their own
+        name = base if bases[base] == 1 or not count else parts[0].stem
         stats = [part.stat() for part in parts]
         size, modified = sum(s.st_size for s in stats), max(s.st_mtime for s in stats)
-        models.append(LibraryModel(name, parts[0], tuple(parts), size, modified))
+        missing = max(count - len(parts), 0)
+        models.append(LibraryModel(name, parts[0], tuple(parts), size, modified, missing))
     return sorted(models, key=lambda model: model.name.casefold())
 
 

@@ -309,6 +309,8 @@ def _forward_pass(
     model = load_model(path, model_params)
     context = None
     try:
+        if lib.llama_model_has_encoder(model):
+            raise GenerationError(f"{path.name} has an encoder, which a forward pass does not begin with", path=path)
         params = lib.llama_context_default_params()
         params.n_ctx = max(len(tokens), 16)
         params.n_batch = params.n_ubatch = len(tokens)
@@ -333,7 +335,10 @@ def _forward_pass(
                 said = "; ".join(log.problems())
                 raise GenerationError(f"llama.cpp cannot compute with {path.name}: {said}", path=path)
         n_vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
-        logits = np.ctypeslib.as_array(lib.llama_get_logits_ith(context, -1), shape=(n_vocab,))
+        pointer = lib.llama_get_logits_ith(context, -1)
+        if not pointer:
+            raise GenerationError(f"{path.name} gives no logits: it does not continue a text", path=path)
+        logits = np.ctypeslib.as_array(pointer, shape=(n_vocab,))
         return logits.astype(np.float32, copy=True)
     finally:
         if context:

@@ -65,9 +65,10 @@ def peer_lora(adapter: Path, base: Path, output: Path) -> None:
     _run([str(_python()), str(script), str(adapter), "--base", str(base), "--outfile", str(output)])
 
 
-def peer_quantize(source: Path, output: Path, type: str) -> None:
+def peer_quantize(source: Path, output: Path, type: str, options: Sequence[str] = ()) -> None:
     """Quantize a GGUF file with llama-quantize."""
-    _run(quantizer_command(source, output, type))
+    quantizer, *arguments = quantizer_command(source, output, type)
+    _run([quantizer, *options, *arguments])
 
 
 def converter_command(checkpoint: Path, output: Path, outtype: str = "auto") -> list[str]:

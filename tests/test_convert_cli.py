@@ -146,7 +146,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no directory": (shutil.rmtree, "no such directory"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
     "config not JSON": (content("config.json", b"{'a': 1}"), "config.json is not JSON"),
-    "unknown architecture": (config(architectures=["MambaForCausalLM"]), "'MambaForCausalLM' is not supported"),
+    "unknown architecture": (config(architectures=["UnknownForCausalLM"]), "'UnknownForCausalLM' is not supported"),
     "shard missing": (lambda folder: (folder / SHARD).unlink(), f"{SHARD} is named in {INDEX} but is not in"),
     "shard empty": (content(SHARD, b""), f"{SHARD} has 0 bytes"),
     "shard cut short": (cut, f"{SHARD} is cut short"),
@@ -206,7 +206,7 @@ def test_bad_checkpoints(
 
 
 def test_no_traceback_from_the_real_command(checkpoint: Path, output: Path) -> None:
-    config(architectures=["MambaForCausalLM"])(checkpoint)
+    config(architectures=["UnknownForCausalLM"])(checkpoint)
     done = handmill("convert", checkpoint, "-o", output)
     assert (done.returncode, done.stdout) == (1, "")
     assert "Known architectures: " in done.stderr

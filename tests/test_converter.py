@@ -163,7 +163,7 @@ def test_progress_reaches_its_end(tmp_path: Path) -> None:
     assert list(dict.fromkeys(stage for stage, _, _ in seen)) == ["planning", "encoding", "checking"]
     done = [n for stage, n, _ in seen if stage == "encoding"]
     assert done == sorted(done)
-    assert seen[-1] == ("checking", report.plan.checkpoint.n_bytes, report.plan.checkpoint.n_bytes)
+    assert seen[-1] == ("checking", report.plan.source_bytes, report.plan.source_bytes)
 
 
 def test_the_plan_adds_up(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from models.errors import ModelFileError
-from models.gguf_file import check_model_file, peek_gguf, read_gguf
+from models.gguf_file import peek_gguf, read_gguf
+from models.gguf_parts import check_model_file
 from models.gguf_types import FILE_TYPES, TENSOR_TYPES
 from models.native import capture_log, shared_library
 from models.text import printable
@@ -171,7 +172,9 @@ def tensor(name: bytes, shape: tuple[int, ...], kind: int = 0, offset: int = 0) 
         (string(b"") + struct.pack("<II", 4, 1), 1, "is empty"),
         (string(b"general.alignment") + struct.pack("<II", 4, 48), 1, "no power of two"),
         (string(b"general.alignment") + struct.pack("<II", 4, 0), 1, "no power of two"),
-        (string(b"general.alignment") + struct.pack("<I", 8) + string(b"a"), 1, "no power of two"),
+        (string(b"general.alignment") + struct.pack("<I", 8) + string(b"a"), 1, "takes type 4 only"),
+        (string(b"split.no") + struct.pack("<II", 4, 1), 1, "takes type 2 only"),
+        (string(b"general.name\0") + struct.pack("<II", 4, 1), 1, "has a NUL in it"),
         (string(b"split.no") + struct.pack("<IH", 2, 1)
          + string(b"split.count") + struct.pack("<IH", 2, 3), 2, "part 2 of 3"),
     ],

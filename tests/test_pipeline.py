@@ -22,7 +22,7 @@ def plan(tmp_path: Path) -> ConversionPlan:
 
 
 def at(position: int) -> DataStart:
-    return lambda wait: position
+    return lambda wait: [position]
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def write(plan: ConversionPlan, tmp_path: Path) -> Callable[..., bytes]:
         path = tmp_path / "partial"
         path.write_bytes(bytes(plan.n_bytes))
         write_tensors(
-            plan.tensors, path, data_start=data_start or at(len(plan.header)), threads=threads, progress=progress
+            plan.tensors, [path], data_start=data_start or at(len(plan.header)), threads=threads, progress=progress
         )
         return path.read_bytes()
 
@@ -58,9 +58,9 @@ def test_slabs_wait_until_it_is_known_where_they_go(
     monkeypatch.setattr(pipeline, "_WAITING_BYTES", bytes_waiting)
     asked: list[bool] = []
 
-    def data_start(wait: bool) -> int | None:
+    def data_start(wait: bool) -> list[int] | None:
         asked.append(wait)
-        return len(plan.header) if wait else None
+        return [len(plan.header)] if wait else None
 
     assert write(data_start=data_start) == expected
     # with no room all are asked to wait; with room only what is left when a thread finds no more slabs
@@ -68,7 +68,7 @@ def test_slabs_wait_until_it_is_known_where_they_go(
 
 
 def test_a_place_that_never_comes_ends_it(write: Callable[..., bytes]) -> None:
-    def data_start(wait: bool) -> int | None:
+    def data_start(wait: bool) -> list[int] | None:
         raise TokenizerError("there is no tokenizer")
 
     with pytest.raises(TokenizerError):
@@ -93,10 +93,10 @@ def test_every_byte_of_a_tensor_is_written(plan: ConversionPlan, tmp_path: Path)
     """Over a file of ones, only the padding keeps them."""
     path = tmp_path / "partial"
     path.write_bytes(b"\xff" * plan.n_bytes)
-    write_tensors(plan.tensors, path, data_start=at(32), threads=2, progress=lambda n: None)
+    write_tensors(plan.tensors, [path], data_start=at(32), threads=2, progress=lambda n: None)
     first = path.read_bytes()
     path.write_bytes(bytes(plan.n_bytes))
-    write_tensors(plan.tensors, path, data_start=at(32), threads=2, progress=lambda n: None)
+    write_tensors(plan.tensors, [path], data_start=at(32), threads=2, progress=lambda n: None)
     second = path.read_bytes()
     for tensor in plan.tensors:
         place = slice(32 + tensor.offset, 32 + tensor.offset + tensor.nbytes)
@@ -136,7 +136,7 @@ def test_a_shard_that_is_gone(plan: ConversionPlan, write: Callable[..., bytes])
 
 def test_an_output_that_cannot_be_opened(plan: ConversionPlan, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot write"):
-        write_tensors(plan.tensors, tmp_path / "absent", data_start=at(0), threads=2, progress=lambda n: None)
+        write_tensors(plan.tensors, [tmp_path / "absent"], data_start=at(0), threads=2, progress=lambda n: None)
 
 
 def test_an_output_that_takes_no_more(plan: ConversionPlan) -> None:
@@ -144,5 +144,5 @@ def test_an_output_that_takes_no_more(plan: ConversionPlan) -> None:
     if not full.exists():
         pytest.skip("there is no /dev/full here")
     with pytest.raises(OutputError, match="cannot write /dev/full") as raised:
-        write_tensors(plan.tensors, full, data_start=at(0), threads=2, progress=lambda n: None)
+        write_tensors(plan.tensors, [full], data_start=at(0), threads=2, progress=lambda n: None)
     assert "disk is full" in raised.value.hint

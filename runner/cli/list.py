@@ -1,7 +1,7 @@
 """The models in the library: name, file type, size, and which was used last.
 
---json prints one object a line: name, path, architecture, file_type, bytes, last_used. A file that cannot be read has
-an error in place of its type.
+--json prints one object a line: name, path, architecture, file_type, bytes, last_used. A file that cannot be read,
+or lacks parts, has an error in place of its type.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ def run(args: argparse.Namespace) -> int:
     for model in models:
         facts: dict[str, object] = {"name": model.name, "path": str(model.path)}
         try:
+            if model.missing:
+                raise ModelFileError(f"{model.missing} of its parts are missing", path=model.path)
             peeked = peek_gguf(model.path)
             kind = peeked.file_type
             facts |= {"architecture": peeked.architecture, "file_type": kind}

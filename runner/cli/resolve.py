@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from models import library
 from models.errors import HubError, ModelFileError
-from models.gguf_file import check_model_file
+from models.gguf_parts import check_model_file
 from models.text import human_bytes, printable
 from runner.cli.progress import ProgressLine
 

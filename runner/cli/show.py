@@ -12,7 +12,8 @@ import argparse
 from collections import Counter
 
 from models.errors import HandmillError
-from models.gguf_file import GgufFile, LazyArray, read_gguf
+from models.gguf_file import GgufFile, LazyArray
+from models.gguf_parts import read_model
 from models.text import human_bytes, human_count, printable
 from runner.chat.render import json_line
 from runner.cli.resolve import resolve_local_model
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    gguf = read_gguf(resolve_local_model(args.model))
+    gguf = read_model(resolve_local_model(args.model))
     facts = describe(gguf)
     if args.json:
         print(json_line(facts))

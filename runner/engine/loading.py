@@ -9,7 +9,8 @@ from typing import Any
 
 from models import native
 from models.errors import LoadError, UsageError
-from models.gguf_file import GgufFile, check_model_file, read_gguf
+from models.gguf_file import GgufFile
+from models.gguf_parts import check_model_file, read_model
 from models.native import Vocabulary
 from models.text import human_bytes
 from runner import devices, placement
@@ -46,7 +47,7 @@ def load_file(path: Path, options: LoadOptions, progress: LoadProgress | None) -
     """
     started = time.perf_counter()
     check_model_file(path)
-    gguf = read_gguf(path)
+    gguf = read_model(path)
     n_ctx, notes = choose_context(gguf, options.context)
     threads = options.threads or default_threads()
     native.set_verbose(options.verbose)

@@ -1,0 +1,87 @@
+"""A model in one GGUF file or in several: `NAME-00001-of-00003.gguf` and so on, as llama.cpp names them.
+
+The first part holds all metadata and is the one to load; llama.cpp finds the others by their names.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+
+from models.errors import ModelFileError
+from models.gguf_file import GgufFile, read_gguf
+from models.text import printable
+
+MAX_PARTS = 65_535
+_NAME = re.compile(r"(?P<base>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})")
+
+
+def part_name(base: str, number: int, count: int) -> str:
+    """The file name of part `number` (from 1) of `count`."""
+    return f"{base}-{number:05d}-of-{count:05d}.gguf"
+
+
+def split_name(stem: str) -> tuple[str, int, int] | None:
+    """Base, number (from 1) and count that a file's name without its ending tells; None for a whole file."""
+    found = _NAME.fullmatch(stem)
+    return (found["base"], int(found["number"]), int(found["count"])) if found else None
+
+
+def read_parts(path: Path) -> tuple[GgufFile, ...]:
+    """The file at `path` and the other parts of its model, in order, each held against the first.
+
+    Raises ModelFileError: a part is missing or damaged, it is of another set, or `path` is not the first.
+    """
+    first = read_gguf(path)
+    number, count = first.integer("split.no") or 0, first.integer("split.count") or 0
+    if number and count:
+        raise ModelFileError(
+            f"{printable(path)} is part {number + 1} of {count}",
+            hint=f"Give the first part: the file whose name ends in -00001-of-{count:05d}.gguf.",
+            path=path,
+        )
+    if count < 2:
+        return (first,)
+    named = split_name(path.stem)
+    if named is None or named[1:] != (1, count) or path.suffix != ".gguf":
+        _fail(path, f"is the first of {count} parts, and its name does not end in {part_name('', 1, count)}")
+    parts = [first, *(read_gguf(path.with_name(part_name(named[0], i, count))) for i in range(2, count + 1))]
+    names: set[str] = set()
+    for i, part in enumerate(parts):
+        if part.integer("split.no") != i or part.integer("split.count") != count:
+            _fail(part.path, f"does not say that it is part {i + 1} of {count}")
+        for tensor in part.tensors:
+            if tensor.name in names:
+                _fail(part.path, f"has the tensor {printable(tensor.name)!r} of an earlier part")
+            names.add(tensor.name)
+    if len(names) != first.integer("split.tensors.count"):
+        _fail(path, f"announces {first.integer('split.tensors.count')} tensors, its parts have {len(names)}")
+    return tuple(parts)
+
+
+def read_model(path: Path) -> GgufFile:
+    """The whole model as one: metadata of the first part, tensors and bytes of all. Raises ModelFileError.
+
+    The offset of a tensor is that in its own part.
+    """
+    parts = read_parts(path)
+    tensors = tuple(tensor for part in parts for tensor in part.tensors)
+    return replace(parts[0], size=sum(part.size for part in parts), tensors=tensors)
+
+
+def check_model_file(path: Path) -> None:
+    """Raise ModelFileError unless `path` is a whole GGUF model, or the first of all its parts."""
+    if "general.architecture" not in read_parts(path)[0].metadata:
+        raise ModelFileError(
+            f"{printable(path)} is a GGUF file that names no architecture, so it is no model",
+            hint="It may be an adapter or an importance matrix. Give the model that it belongs to.",
+            path=path,
+        )
+
+
+def _fail(path: Path, what: str) -> NoReturn:
+    raise ModelFileError(
+        f"{printable(path)} {what}", hint="Download the parts again, under their own names.", path=path
+    )
