@@ -35,12 +35,12 @@ from convert.placement import (
     part_paths,
     write_headers,
 )
+from convert.quantized import decoded
 from convert.reading import reading_vocabulary
-from convert.stored import stored
 from convert.tensors import TensorPlan, plan_tensors
 from convert.vocabulary import Vocabulary
 from models.errors import CheckpointError
-from models.families import ModelFamily, Tensors, family_of
+from models.families import ModelFamily, family_of
 from models.hparams import Hparams
 
 _WAIT_SECONDS = 0.1
@@ -167,11 +167,10 @@ class _Model:
 def _open_model(source: Path, ignored_fields: Collection[str], adapter: Path | None) -> _Model:
     checkpoint = open_checkpoint(source)
     family = family_of(checkpoint.architecture, checkpoint.config)
-    tensors: Tensors = {name: stored(info) for name, info in checkpoint.tensors.items()}
+    tensors = decoded(checkpoint.tensors, checkpoint.config)
     if adapter is not None:
         tensors = merged(tensors, open_adapter(adapter))
     hparams = family.hparams(checkpoint.config, tensors)
-    hparams.refuse_quantized()
     hparams.require(family.requires, ignored_fields)
     return _Model(checkpoint, family, hparams, plan_tensors(tensors, family, hparams), frozenset(ignored_fields))
 
@@ -217,7 +216,17 @@ def _place(model: _Model, file_type: FileType, split_size: int | None) -> list[P
     sources = {name: plan.weights.name for name, plan in plans.items()}
     with _storable(model):
         types = choose_types(unquantized, keys, file_type, sources)
-    return in_order((PlacedTensor(plans[name], kind, carriers[name]) for name, kind in types.items()), split_size)
+    return in_order(
+        (PlacedTensor(plans[name], _kept_or(kind, plans[name]), carriers[name]) for name, kind in types.items()),
+        split_size,
+    )
+
+
+def _kept_or(kind: quantize.TensorType, plan: TensorPlan) -> quantize.TensorType:
+    """The type of a tensor: that in which it is encoded already, if any, before any other that rounds."""
+    if plan.weights.packed is None or kind in (quantize.F32, quantize.F16, quantize.BF16):
+        return kind
+    return quantize.tensor_type(plan.weights.packed.type)
 
 
 def _carrier(checkpoint: Checkpoint) -> quantize.TensorType:

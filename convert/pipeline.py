@@ -181,6 +181,8 @@ def _encode(slab: _Slab) -> NDArray[np.uint8]:
     weights = plan.weights
     # a vector is one row of the file, and a row an element for those who read it
     per_row = plan.row_length // weights.row_length
+    if weights.packed is not None and weights.packed.type == kind.name:
+        return weights.packed.read(np.arange(slab.first_row, slab.first_row + slab.n_rows))
     values = weights.rows(slab.first_row * per_row, slab.n_rows * per_row).reshape(slab.n_rows, plan.row_length)
     if not np.isfinite(values).all():
         raise _refused(slab, "it holds NaN or infinity", _DAMAGED)

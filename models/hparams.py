@@ -173,16 +173,6 @@ class Hparams:
         if partial != 1 and "rotary_part" not in self._read and "partial_rotary_factor" not in ignored:
             raise _refused("partial_rotary_factor", partial)
 
-    def refuse_quantized(self) -> None:
-        """Raise UnsupportedError for a checkpoint whose weights are quantized."""
-        method = self.get("quantization_config")
-        if method:
-            name = method.get("quant_method", "?") if isinstance(method, Mapping) else "?"
-            raise UnsupportedError(
-                f"the checkpoint is quantized ({str(name)[:40]!r})",
-                hint="Convert the original bf16, f16 or f32 checkpoint.",
-            )
-
 
 def _refused(name: str, value: object) -> UnsupportedError:
     return UnsupportedError(

@@ -21,6 +21,14 @@ ReadRows = Callable[[Index, slice], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
+class Packed:
+    """Rows that are encoded already, in a tensor type of GGUF: their bytes, one row after the other."""
+
+    type: str
+    read: Callable[[Index], NDArray[np.uint8]]
+
+
+@dataclass(frozen=True)
 class Weights:
     """A tensor that is read by rows.
 
@@ -28,6 +36,7 @@ class Weights:
     dtype   "F32", "F16" or "BF16" if that holds every value exactly; None for what arithmetic made
     name    what it is called in the checkpoint, and `file` where it lies, for messages
     read    the rows, as float32
+    packed  the same rows as a file may take them
     """
 
     shape: tuple[int, ...]
@@ -35,6 +44,7 @@ class Weights:
     name: str
     file: str
     read: ReadRows
+    packed: Packed | None = None
 
     @property
     def n_weights(self) -> int:
@@ -66,7 +76,9 @@ class Weights:
         """The rows that `index` names, in any order and shape: `w.pick(w.grid[:, ::2])`."""
         flat = np.ascontiguousarray(index).reshape(-1)
         shape = (*index.shape, self.row_length) if len(self.shape) > 1 else index.shape
-        return replace(self, shape=shape, read=lambda rows, columns: self.read(flat[rows], columns))
+        whole = self.packed
+        packed = None if whole is None else Packed(whole.type, lambda rows: whole.read(flat[rows]))
+        return replace(self, shape=shape, read=lambda rows, columns: self.read(flat[rows], columns), packed=packed)
 
     def pick_columns(self, index: Index) -> Weights:
         """The elements of each row that `index` [n] names; not for vectors."""
@@ -79,7 +91,7 @@ class Weights:
                 return self.read(rows, slice(first + columns.start, first + columns.stop))
             return np.ascontiguousarray(self.read(rows, slice(first, last + 1))[:, shift[columns]])
 
-        return replace(self, shape=(*self.shape[:-1], len(index)), read=read)
+        return replace(self, shape=(*self.shape[:-1], len(index)), read=read, packed=None)
 
     def transposed(self) -> Weights:
         """The last two dimensions change places."""
@@ -95,7 +107,7 @@ class Weights:
                 result[here] = self.read(source, slice(first, last + 1)).T[lines[here] - first]
             return result
 
-        return replace(self, shape=(*outer, n_out, n_in), read=read)
+        return replace(self, shape=(*outer, n_out, n_in), read=read, packed=None)
 
     def reshaped(self, *shape: int) -> Weights:
         """The same elements in another shape, -1 for the one size that follows from the others."""
@@ -113,7 +125,7 @@ class Weights:
                 owners, places = np.unique(elements // old, return_inverse=True)
                 return self.read(owners, slice(0, old))[places.reshape(elements.shape), elements % old]
 
-        return replace(self, shape=shape, read=read)
+        return replace(self, shape=shape, read=read, packed=self.packed if new == old else None)
 
     def mapped(self, function: Callable[[NDArray[np.float32]], Any]) -> Weights:
         """Each element by itself through `function`, in float32."""
@@ -121,7 +133,7 @@ class Weights:
         def read(rows: Index, columns: slice) -> NDArray[np.float32]:
             return np.ascontiguousarray(function(self.read(rows, columns)), np.float32)
 
-        return replace(self, dtype=None, read=read)
+        return replace(self, dtype=None, read=read, packed=None)
 
     def named(self, name: str) -> Weights:
         """Messages call it so."""
@@ -163,7 +175,7 @@ def concatenated(parts: Sequence[Weights]) -> Weights:
 
     dtype = first.dtype if all(part.dtype == first.dtype for part in parts) else None
     shape = (sum(part.shape[0] for part in parts), *first.shape[1:])
-    return replace(first, shape=shape, dtype=dtype, read=read)
+    return replace(first, shape=shape, dtype=dtype, read=read, packed=None)
 
 
 def stacked(parts: Sequence[Weights]) -> Weights:

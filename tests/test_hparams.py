@@ -212,12 +212,6 @@ def test_values_that_a_family_requires() -> None:
         hparams(use_sliding_window=True).require({"use_sliding_window": (None, False)})
 
 
-@pytest.mark.parametrize("value", [{"quant_method": "gptq"}, {"bits": 4}, "awq"])
-def test_quantized_checkpoints_are_refused(value: object) -> None:
-    with pytest.raises(UnsupportedError, match="the checkpoint is quantized"):
-        hparams(quantization_config=value).refuse_quantized()
-
-
 # Any value in any field
 
 json_values = st.recursive(
@@ -242,7 +236,6 @@ def test_any_value_gives_a_named_error_at_most(name: str, value: object) -> None
     fields = hparams(**{name: value})
 
     def everything() -> None:
-        fields.refuse_quantized()
         for getter in (*COMMON.values(), keys.rotary_dim, keys.layer_types("x")):
             getter(fields)
         fields.refuse_unread()

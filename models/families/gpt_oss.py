@@ -47,7 +47,7 @@ GPT_OSS = ModelFamily(
         rename(r"(.*\.sinks)", r"\1.weight"),
         rename(r"(.*\.experts\.down_proj)_bias", r"\1.bias"),
         transposed(r".*\.experts\.(gate_up_proj|down_proj)"),
-        each(r"(.*\.experts)\.gate_up_proj", _gates_and_ups),
+        each(r"(.*\.experts)\.gate_up_proj(?:\.weight)?", _gates_and_ups),
         each(r"(.*\.experts)\.gate_up_proj_bias", _gate_and_up_biases),
     ),
     ignored=("experts_per_token", "initial_context_length", "swiglu_limit"),
