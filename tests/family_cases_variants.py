@@ -157,11 +157,19 @@ def minicpm(*, original: int, scale: float) -> Case:
 _LATENT = {
     "kv_lora_rank": 32,
     "q_lora_rank": 48,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 24,  # other than the hidden size by heads
     "v_head_dim": 16,
     "num_key_value_heads": 4,
 }
+
+
+def uneven(model: Any) -> None:
+    """Attention that tells tokens apart, so that the rotation shows in the logits."""
+    for name, parameter in model.named_parameters():
+        if ".q_b_proj." in name or ".kv_a_proj_with_mqa." in name:
+            parameter.mul_(4)
+
 
 CASES: Mapping[str, Case] = {
     "baichuan-7b-hub": case(
@@ -208,11 +216,16 @@ CASES: Mapping[str, Case] = {
     "minicpm-stretched": minicpm(original=64, scale=math.sqrt(1 + math.log(4) / math.log(64))),
     "minicpm3-longrope": Case(
         "MiniCPM3ForCausalLM",
-        {**_LATENT, "rope_parameters": longrope(8) | {"original_max_position_embeddings": 256}},
+        {**_LATENT, "rope_parameters": longrope(12) | {"original_max_position_embeddings": 256, "factor": None}},
         tokenizer="sentencepiece",
+        edit=lambda config: config.pop("head_dim", None),
+        adjust=uneven,
     ),
     "minicpm3-stretched": Case(
-        "MiniCPM3ForCausalLM", {**_LATENT, "rope_parameters": longrope(8)}, tokenizer="sentencepiece"
+        "MiniCPM3ForCausalLM",
+        {**_LATENT, "rope_parameters": longrope(12, factor=16.0)},  # which counts, not the ratio of the contexts
+        tokenizer="sentencepiece",
+        adjust=uneven,
     ),
     "glm-4-9b": case(
         "ChatGLMForConditionalGeneration",

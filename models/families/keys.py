@@ -136,7 +136,7 @@ def longrope_attention_factor(hparams: Hparams) -> float | None:
         return None
     if rope.has("attention_factor"):
         return rope.number("attention_factor")
-    scale = hparams.integer("max_position_embeddings") / trained
+    scale = rope.number("factor") if rope.has("factor") else hparams.integer("max_position_embeddings") / trained
     return math.sqrt(1 + math.log(scale) / math.log(trained)) if scale > 1 else 1.0
 
 
@@ -153,8 +153,8 @@ def _is_stretched(hparams: Hparams) -> bool:
 
 
 def _longrope_factor(hparams: Hparams) -> float | None:
-    stretched = _is_stretched(hparams) or (hparams.rope.type == "longrope" and hparams.rope.has("attention_factor"))
-    return longrope_attention_factor(hparams) if stretched else None
+    factor = longrope_attention_factor(hparams)
+    return None if factor == 1 else factor
 
 
 def _factor(hparams: Hparams) -> float | None:
