@@ -463,7 +463,7 @@ def test_settings_that_are_not_decoded(change: dict[str, Any], tmp_path: Path) -
 
 def test_awq_in_another_layout(tmp_path: Path) -> None:
     settings, pack = METHODS["awq"]
-    with pytest.raises(UnsupportedError, match="version .gemv. is not decoded"):
+    with pytest.raises(UnsupportedError, match=r"version .gemv. is not decoded"):
         decode(tmp_path / "c", pack("m")[0], settings | {"version": "gemv"})
 
 
