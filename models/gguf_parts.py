@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,6 +16,8 @@ from models.gguf_file import GgufFile, read_gguf
 from models.text import printable
 
 MAX_PARTS = 65_535
+MAX_BLOCKS = 512
+"""`LLAMA_MAX_LAYERS`."""
 _NAME = re.compile(r"(?P<base>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})")
 
 
@@ -72,13 +75,27 @@ def read_model(path: Path) -> GgufFile:
 
 
 def check_model_file(path: Path) -> None:
-    """Raise ModelFileError unless `path` is a whole GGUF model, or the first of all its parts."""
-    if "general.architecture" not in read_parts(path)[0].metadata:
+    """Raise ModelFileError unless `path` is a whole GGUF model, or the first of all its parts.
+
+    Values that llama.cpp does not survive are refused: it ends the process where it computes with them.
+    """
+    gguf = read_parts(path)[0]
+    if "general.architecture" not in gguf.metadata:
         raise ModelFileError(
             f"{printable(path)} is a GGUF file that names no architecture, so it is no model",
             hint="It may be an adapter or an importance matrix. Give the model that it belongs to.",
             path=path,
         )
+    for key, value in gguf.metadata.items():
+        bad = isinstance(value, float) and not (isfinite(value) and (value >= 0 or not key.endswith("_epsilon")))
+        if key.endswith(".block_count") and isinstance(value, int):
+            bad = not 1 <= value <= MAX_BLOCKS
+        if bad:
+            raise ModelFileError(
+                f"{printable(path)}: {printable(key)} is {printable(value)}, with which no model computes",
+                hint="Download or convert the file again.",
+                path=path,
+            )
 
 
 def _fail(path: Path, what: str) -> NoReturn:
