@@ -82,7 +82,7 @@ LLAMA = Shape(hidden=2048, intermediate=8192, layers=6, heads=32, kv_heads=8, vo
 """Wide rows, so that every tensor can be Q4_K: 1.0 GB."""
 
 EXPERTS = Shape(hidden=2048, intermediate=768, layers=3, heads=32, kv_heads=8, vocabulary=32_000, experts=32)
-"""Qwen3-MoE with a quarter of its experts: 1.2 GB in 300 small matrices, which become nine large ones."""
+"""Many small experts: 1.2 GB in 300 small matrices, which become nine large ones."""
 
 
 def make_qwen2(folder: Path, shape: Shape = QWEN2, shards: int = 8, seed: int = 0) -> None:
@@ -116,18 +116,10 @@ def make_llama(folder: Path, shape: Shape = LLAMA, shards: int = 4, seed: int = 
 
 
 def make_experts(folder: Path, shape: Shape = EXPERTS, shards: int = 4, seed: int = 0) -> None:
-    """A Qwen3-MoE checkpoint, its experts one by one as on the hub, with the vocabulary of `make_llama`."""
+    """A Mixtral checkpoint, its experts one by one as on the hub, with the vocabulary of `make_llama`."""
     folder.mkdir(parents=True, exist_ok=True)
-    fields = {
-        "decoder_sparse_step": 1,
-        "head_dim": shape.hidden // shape.heads,
-        "mlp_only_layers": [],
-        "moe_intermediate_size": shape.intermediate,
-        "norm_topk_prob": True,
-        "num_experts": shape.experts,
-        "num_experts_per_tok": 4,
-    }
-    _write_json(folder / "config.json", _config(shape, "Qwen3MoeForCausalLM", "qwen3_moe") | _LLAMA_FIELDS | fields)
+    fields = {"num_experts_per_tok": 4, "num_local_experts": shape.experts, "sliding_window": None}
+    _write_json(folder / "config.json", _config(shape, "MixtralForCausalLM", "mixtral") | _LLAMA_FIELDS | fields)
     _write_llama_tokenizer(folder)
     write_checkpoint(folder, experts_tensors(shape), shards, seed)
 
@@ -158,16 +150,15 @@ def llama_tensors(shape: Shape) -> Tensors:
 
 
 def experts_tensors(shape: Shape) -> Tensors:
-    """The tensors of a Qwen3-MoE checkpoint: Llama's, with norms on q and k, and experts in the place of an MLP."""
+    """The tensors of a Mixtral checkpoint: Llama's, with experts in the place of an MLP."""
     tensors = {name: sizes for name, sizes in llama_tensors(shape).items() if ".mlp." not in name}
-    head_dim = shape.hidden // shape.heads
+    wide, narrow = (shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate)
     for layer in range(shape.layers):
-        prefix = f"model.layers.{layer}"
-        tensors |= {f"{prefix}.self_attn.{part}_norm.weight": (head_dim,) for part in "qk"}
-        tensors[f"{prefix}.mlp.gate.weight"] = (shape.experts, shape.hidden)
-        mlp = {name: sizes for name, sizes in _layer_tensors(prefix, shape).items() if ".mlp." in name}
+        prefix = f"model.layers.{layer}.block_sparse_moe"
+        tensors[f"{prefix}.gate.weight"] = (shape.experts, shape.hidden)
         for expert in range(shape.experts):
-            tensors |= {name.replace(".mlp.", f".mlp.experts.{expert}."): sizes for name, sizes in mlp.items()}
+            parts = {"w1": wide, "w2": narrow, "w3": wide}
+            tensors |= {f"{prefix}.experts.{expert}.{part}.weight": sizes for part, sizes in parts.items()}
     return tensors
 
 
