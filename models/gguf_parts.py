@@ -77,7 +77,7 @@ def read_model(path: Path) -> GgufFile:
 def check_model_file(path: Path) -> None:
     """Raise ModelFileError unless `path` is a whole GGUF model, or the first of all its parts.
 
-    Values that llama.cpp does not survive are refused: it ends the process where it computes with them.
+    Some values with which llama.cpp ends the process are refused; others it still does not survive.
     """
     gguf = read_parts(path)[0]
     if "general.architecture" not in gguf.metadata:
