@@ -131,11 +131,12 @@ def trained_context(hparams: Hparams) -> int:
 
 def longrope_attention_factor(hparams: Hparams) -> float | None:
     """What transformers multiplies sine and cosine by: modeling_rope_utils.py `_compute_longrope_parameters`."""
-    rope, trained = hparams.rope, trained_context(hparams)
+    rope = hparams.rope
     if rope.type != "longrope":
         return None
     if rope.has("attention_factor"):
         return rope.number("attention_factor")
+    trained = trained_context(hparams)
     scale = rope.number("factor") if rope.has("factor") else hparams.integer("max_position_embeddings") / trained
     return math.sqrt(1 + math.log(scale) / math.log(trained)) if scale > 1 else 1.0
 
