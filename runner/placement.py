@@ -8,7 +8,7 @@ tried again with fewer layers (`fewer_layers`).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,8 +21,18 @@ RESERVE = 384 * MEBIBYTE
 """Kept free on the devices for compute buffers and what the driver itself takes, at least."""
 RESERVE_SHARE = 0.05
 """The same as a share of what is free."""
-KV_BYTES = 2
-"""Bytes of one number in the cache (f16)."""
+KV_TYPES: Mapping[str, tuple[int, float]] = {
+    "f32": (0, 4.0),
+    "f16": (1, 2.0),
+    "bf16": (30, 2.0),
+    "q8_0": (8, 34 / 32),
+    "q5_1": (7, 24 / 32),
+    "q5_0": (6, 22 / 32),
+    "q4_1": (3, 20 / 32),
+    "q4_0": (2, 18 / 32),
+    "iq4_nl": (20, 18 / 32),
+}
+"""What the numbers of a KV cache can be: ggml's number for the type (ggml.h), and the bytes that each takes."""
 _BLOCK = re.compile(r"blk\.(\d{1,5})\.")
 
 GpuLayers = int | Literal["auto", "all"]
@@ -55,7 +65,7 @@ def block_count(gguf: GgufFile) -> int:
     return said if said is not None and 0 < said <= found else found
 
 
-def kv_bytes_per_token(gguf: GgufFile) -> list[int]:
+def kv_bytes_per_token(gguf: GgufFile, kv_types: tuple[str, str] = ("f16", "f16")) -> list[int]:
     """Bytes of the KV cache that each block takes for one token, were its attention full."""
     arch = gguf.architecture
     blocks = block_count(gguf)
@@ -66,7 +76,9 @@ def kv_bytes_per_token(gguf: GgufFile) -> list[int]:
     head_width = width // most if most else 0
     key = gguf.integer(f"{arch}.attention.key_length") or head_width
     value = gguf.integer(f"{arch}.attention.value_length") or head_width
-    return [KV_BYTES * n * (key + value) for n in kv_heads or [0] * blocks]
+    bytes_k, bytes_v = (KV_TYPES[kind][1] for kind in kv_types)
+    each = key * bytes_k + value * bytes_v
+    return [int(n * each) for n in kv_heads or [0] * blocks]
 
 
 def _per_block(gguf: GgufFile, key: str, blocks: int) -> list[int]:
@@ -77,9 +89,9 @@ def _per_block(gguf: GgufFile, key: str, blocks: int) -> list[int]:
     return [max(found, 0)] * blocks if isinstance(found, int) else []
 
 
-def layer_bytes(gguf: GgufFile, n_ctx: int) -> list[int]:
+def layer_bytes(gguf: GgufFile, n_ctx: int, kv_types: tuple[str, str] = ("f16", "f16")) -> list[int]:
     """Bytes of each layer that can be placed, weights and KV cache: the blocks in order, then the output."""
-    kv = kv_bytes_per_token(gguf)
+    kv = kv_bytes_per_token(gguf, kv_types)
     blocks = [n_ctx * per_token for per_token in kv]
     output = embedding = 0
     for tensor in gguf.tensors:
@@ -95,12 +107,20 @@ def layer_bytes(gguf: GgufFile, n_ctx: int) -> list[int]:
     return [*blocks, output + (embedding if tied else 0)]
 
 
-def place(gguf: GgufFile, *, n_ctx: int, asked: GpuLayers, vram: int | None, available: Sequence[Device]) -> Placement:
+def place(
+    gguf: GgufFile,
+    *,
+    n_ctx: int,
+    asked: GpuLayers,
+    vram: int | None,
+    available: Sequence[Device],
+    kv_types: tuple[str, str] = ("f16", "f16"),
+) -> Placement:
     """Decide how many layers the devices in `available` take. `vram` caps the bytes used on them.
 
     `n_ctx` in tokens. With "auto" all layers go there if they fit, else as many as do.
     """
-    costs = layer_bytes(gguf, n_ctx)
+    costs = layer_bytes(gguf, n_ctx, kv_types)
     names = tuple(device.name for device in available)
 
     def placed(count: int, reason: str) -> Placement:

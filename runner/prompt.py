@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 
 from models.errors import TemplateError
 from models.native import ATTR_USER_DEFINED, Vocabulary
 from runner.engine.protocol import Message
-from runner.engine.text_stream import text_of
+from runner.engine.text_stream import shared_prefix, text_of
 from runner.template import ChatTemplate
 
 
@@ -70,6 +71,24 @@ class PromptEncoder:
             else:
                 tokens += self._tokenize_pieces(part.split(cut), continues=index > 0)
         return tokens
+
+    def marks(self, messages: Sequence[Message], tokens: Sequence[int]) -> set[int]:
+        """Where the tokens of later conversations may part from `tokens`, those of `messages`.
+
+        After the system message; and where the reply begins, which a template may show otherwise later on.
+        """
+        first = messages[:1] if messages and messages[0].role == "system" else []
+        endings = [
+            (tokens, [*messages, Message("assistant", "x"), Message("user", "y")]),
+            (None, [*first, Message("user", "x")]),
+        ]
+        found = set()
+        for other, conversation in endings:
+            with suppress(TemplateError):  # a template that wants other turns has no such place
+                theirs = self.encode_chat(conversation)
+                ours = other or self.encode_chat([*first, Message("user", "y")])
+                found.add(shared_prefix(ours, theirs))
+        return found
 
     def _compiled(self) -> ChatTemplate:
         if not self._source:

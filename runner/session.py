@@ -76,9 +76,8 @@ class ChatSession:
             chunks.close()  # the engine is free again, whatever still holds this frame
 
     def _generate(self) -> Generator[GenerationChunk, None, None]:
-        prompt = self.engine.encode_chat(self.messages)
         try:
-            yield from self.engine.generate(prompt, self.sampling)
+            yield from self.engine.chat(self.messages, self.sampling)
         except ContextOverflow as error:
             facts = dict(error.facts)
             raise ContextOverflow(

@@ -174,7 +174,7 @@ def test_a_sampler_that_fails_leaves_the_engine_free(engine: LocalEngine, monkey
 
     tokens = engine.encode_text("Once upon a time")
     with monkeypatch.context() as patch:
-        patch.setattr("runner.engine.local.Sampler", fail)
+        patch.setattr("runner.engine.generation.Sampler", fail)
         with pytest.raises(MemoryError):
             continued(engine, tokens)
     assert continued(engine, tokens)[-1].finish_reason == "length"
@@ -238,18 +238,18 @@ def test_broken_files_have_names(starter_model: Path, tmp_path: Path) -> None:
 def test_the_context_is_chosen(starter_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gguf = read_gguf(starter_model)
     monkeypatch.setattr(loading, "available_memory", lambda: 10**12)
-    assert loading.choose_context(gguf, None) == (8192, [])
-    assert loading.choose_context(gguf, 9000)[0] == 9000
-    assert "8192" in loading.choose_context(gguf, 9000)[1][0]
+    assert loading.choose_context(gguf, LoadOptions()) == (8192, [])
+    assert loading.choose_context(gguf, LoadOptions(context=9000))[0] == 9000
+    assert "8192" in loading.choose_context(gguf, LoadOptions(context=9000))[1][0]
     with pytest.raises(UsageError):
-        loading.choose_context(gguf, 0)
+        loading.choose_context(gguf, LoadOptions(context=0))
     monkeypatch.setattr(loading, "available_memory", lambda: 100_000_000)
-    tokens, notes = loading.choose_context(gguf, None)
+    tokens, notes = loading.choose_context(gguf, LoadOptions())
     assert 512 <= tokens < 8192
     assert tokens % 256 == 0
     assert len(notes) == 1
     with pytest.raises(LoadError, match="8192 tokens"):
-        loading.choose_context(gguf, 8192)
+        loading.choose_context(gguf, LoadOptions(context=8192))
 
 
 def test_available_memory_is_the_least_that_anybody_says(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def _reply(engine: Engine, prompt: str, args: argparse.Namespace) -> Iterator[Ge
             print("note: a base model has no system prompt; --system is left out", file=sys.stderr)
         return engine.generate(engine.encode_text(prompt), settings)
     system = [Message("system", args.system)] if args.system else []
-    return engine.generate(engine.encode_chat([*system, Message("user", prompt)]), settings)
+    return engine.chat([*system, Message("user", prompt)], settings)
 
 
 def _stream(chunks: Iterator[GenerationChunk]) -> GenerationChunk:

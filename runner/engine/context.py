@@ -1,26 +1,84 @@
-"""A llama.cpp context and the tokens that its memory holds, kept in step with each other."""
+"""A llama.cpp context and the tokens that its memory holds, kept in step with each other.
+
+What a model computed of a token can be taken back again in three degrees (`Memory`). Where it cannot be cut at any
+token, the part that is overwritten is copied at chosen tokens (`Checkpoint`), and a cut goes back to one of these.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from models import native
 from models.errors import GenerationError, LoadError
+from runner.engine.text_stream import shared_prefix
 
 BATCH = 512
 """Tokens computed at once, and so how often a long prompt looks whether it was cancelled."""
-
+MOST_OUTPUTS = 17
+"""Tokens at most whose logits are asked for at once: one, and those drafted after it."""
+CHECKPOINT_BYTES = 512 << 20
+"""What all checkpoints of a context may take; beyond that the oldest but the first goes."""
 
 _LIBC = ctypes.cdll.msvcrt if sys.platform == "win32" else ctypes.CDLL(None)
+_WHOLE, _PARTIAL = 0, 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+
+State = NDArray[np.uint8]
 
 
 class Cancelled(Exception):
-    """The abort flag was up. The context is as it was before the call."""
+    """The abort flag was up. `Context.held` is what the memory holds now."""
+
+
+class Memory(Enum):
+    """How far back a memory can be cut."""
+
+    CUTTABLE = "every token has cells of its own: to any token"
+    WINDOW = "some layers keep the last tokens only: while none is missing that would be looked at again"
+    STATE = "a state that each token overwrites: not at all"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What cannot be cut of a memory, as it was after `n` tokens."""
+
+    n: int
+    data: State
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A whole memory: what it takes to go on after `tokens` without computing them."""
+
+    tokens: tuple[int, ...]
+    first: int
+    """The oldest token that a window still holds; 0 where there is none."""
+    data: State
+    checkpoints: tuple[Checkpoint, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes + sum(checkpoint.data.nbytes for checkpoint in self.checkpoints)
+
+
+@dataclass(frozen=True)
+class ContextOptions:
+    """`n_ctx` in tokens. The types are those of ggml (`GGML_TYPE_F16`)."""
+
+    n_ctx: int
+    threads: int
+    batch_threads: int
+    type_k: int = 1
+    type_v: int = 1
+    whole_window: bool = False
+    """Keep every token in the layers that look back a window only."""
 
 
 class Context:
@@ -30,20 +88,24 @@ class Context:
     lock; only `abort` may be called from another thread. Owns its C object: call `close`.
     """
 
-    def __init__(self, model: Any, *, n_ctx: int, threads: int) -> None:
+    def __init__(self, model: Any, options: ContextOptions) -> None:
         lib = native.library()
         self._lib = lib
         self.held: list[int] = []
+        self._checkpoints: list[Checkpoint] = []
         # A C function over a flag byte: strlen is 0 until the first byte is set. No Python runs in the callback,
         # so it needs no interpreter lock and has no exception to lose.
         self._flag = ctypes.create_string_buffer(2)
+        self._stop = False
+        self._interruptible = True
         self._abort_callback = ctypes.cast(_LIBC.strlen, lib.ggml_abort_callback)
         params = lib.llama_context_default_params()
-        params.n_ctx = n_ctx
+        params.n_ctx = options.n_ctx
         params.n_batch = params.n_ubatch = BATCH
-        params.n_outputs_max = 1  # only the last token's logits are ever asked for
-        params.n_threads = params.n_threads_batch = threads
-        params.swa_full = False
+        params.n_outputs_max = MOST_OUTPUTS
+        params.n_threads, params.n_threads_batch = options.threads, options.batch_threads
+        params.type_k, params.type_v = options.type_k, options.type_v
+        params.swa_full = options.whole_window
         params.no_perf = True
         params.abort_callback = self._abort_callback
         params.abort_callback_data = ctypes.cast(self._flag, ctypes.c_void_p)
@@ -53,80 +115,202 @@ class Context:
         if not self._context:
             said = "; ".join(log.problems())
             raise LoadError(
-                f"llama.cpp cannot make a context of {n_ctx} tokens: {said}",
+                f"llama.cpp cannot make a context of {options.n_ctx} tokens: {said}",
                 hint="a smaller --context needs less memory",
-                n_ctx=n_ctx,
+                n_ctx=options.n_ctx,
                 log=tuple(log.tail(20)),
             )
+        self._batch = lib.llama_batch_init(MOST_OUTPUTS, 0, 1)
         self._memory = lib.llama_get_memory(self._context)
         self._n_vocab: int = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
-        self._n_swa: int = lib.llama_model_n_swa(model)
-        self._is_recurrent: bool = lib.llama_model_is_recurrent(model) or lib.llama_model_is_hybrid(model)
-        self.n_ctx = min(n_ctx, int(lib.llama_n_ctx(self._context)))  # llama.cpp rounds up
+        self._n_swa: int = 0 if options.whole_window else max(lib.llama_model_n_swa(model), 0)
+        if lib.llama_model_is_recurrent(model) or lib.llama_model_is_hybrid(model):
+            self.memory = Memory.STATE
+        else:
+            self.memory = Memory.WINDOW if self._n_swa else Memory.CUTTABLE
+        self.n_ctx = min(options.n_ctx, int(lib.llama_n_ctx(self._context)))  # llama.cpp rounds up
+
+    # Stopping
 
     def abort(self) -> None:
         """Make a running or the next `extend` raise Cancelled. From any thread."""
-        self._flag[0] = b"\1"
+        self._stop = True
+        if self._interruptible:
+            self._flag[0] = b"\1"
 
     def clear_abort(self) -> None:
+        self._stop = False
         self._flag[0] = b"\0"
 
     @property
     def abort_requested(self) -> bool:
-        return self._flag[0] != b"\0"
+        return self._stop
+
+    # Cutting
 
     def reuse(self, tokens: Sequence[int]) -> int:
         """Cut the memory to what it shares with the beginning of `tokens`, and say how many tokens that is.
 
         At least one token is left to compute, since its logits are needed.
         """
-        limit = min(len(self.held), len(tokens) - 1)
-        common = 0
-        while common < limit and self.held[common] == tokens[common]:
-            common += 1
-        self.truncate(common)
+        self.truncate(self.keepable(tokens))
         return len(self.held)
 
+    def keepable(self, tokens: Sequence[int]) -> int:
+        """How many of the first tokens `reuse` would keep."""
+        return self._keepable(self.held, self._first(), self._checkpoints, tokens)
+
+    def keepable_of(self, snapshot: Snapshot, tokens: Sequence[int]) -> int:
+        """The same for a memory that was saved, once it is restored."""
+        return self._keepable(snapshot.tokens, snapshot.first, snapshot.checkpoints, tokens)
+
+    def _keepable(
+        self, held: Sequence[int], first: int, checkpoints: Sequence[Checkpoint], tokens: Sequence[int]
+    ) -> int:
+        shared = min(shared_prefix(held, tokens), len(tokens) - 1)
+        if shared == len(held) or self._can_cut(first, shared):
+            return shared
+        return max((point.n for point in checkpoints if point.n <= shared), default=0)
+
     def truncate(self, n: int) -> None:
-        """Keep the first `n` tokens where llama.cpp can provably do that, else none."""
+        """Keep the first `n` tokens, or, where the memory cannot be cut there, as many as a checkpoint holds."""
         if n >= len(self.held):
             return
-        if n > 0 and self._can_cut(n) and self._lib.llama_memory_seq_rm(self._memory, 0, n, -1):
-            del self.held[n:]
-        else:
-            self.clear()
+        if n > 0 and self._can_cut(self._first(), n) and self._remove_from(n):
+            self._settle(n)
+            return
+        for point in sorted(self._checkpoints, key=lambda point: -point.n):
+            if point.n <= n and self._restore_part(point):
+                self._settle(point.n)
+                return
+        self.clear()
 
-    def _can_cut(self, n: int) -> bool:
-        if self._is_recurrent:
-            return False
-        if self._n_swa <= 0:
-            return True
+    def _settle(self, n: int) -> None:
+        del self.held[n:]
+        self._checkpoints = [point for point in self._checkpoints if point.n <= n]
+
+    def _can_cut(self, first: int, n: int) -> bool:
         # llama.cpp cuts a sliding window without a word even when the tokens that slid out would be needed.
-        first: int = self._lib.llama_memory_seq_pos_min(self._memory, 0)
-        return first == 0 or 0 <= first <= n - self._n_swa
+        return self.memory is Memory.CUTTABLE or (
+            self.memory is Memory.WINDOW and n > 0 and (first == 0 or 0 <= first <= n - self._n_swa)
+        )
+
+    def _first(self) -> int:
+        return int(self._lib.llama_memory_seq_pos_min(self._memory, 0)) if self._n_swa else 0
+
+    def _remove_from(self, n: int) -> bool:
+        return bool(self._lib.llama_memory_seq_rm(self._memory, 0, n, -1))
 
     def clear(self) -> None:
         self._lib.llama_memory_clear(self._memory, True)
         self.held.clear()
+        self._checkpoints.clear()
 
-    def extend(self, tokens: Sequence[int], progress: Callable[[int], None] = lambda done: None) -> None:
-        """Compute `tokens` after those held. `progress` hears how many are done.
+    # Keeping
+
+    @property
+    def needs_checkpoints(self) -> bool:
+        """Whether `marks` given to `extend` are of use."""
+        return self.memory is not Memory.CUTTABLE
+
+    def checkpoint(self) -> None:
+        """Make a later cut to just here possible."""
+        n = len(self.held)
+        if not self.needs_checkpoints or not n or any(point.n == n for point in self._checkpoints):
+            return
+        if (data := self._state(_PARTIAL)) is None:
+            return
+        self._checkpoints.append(Checkpoint(n, data))
+        while len(self._checkpoints) > 2 and sum(p.data.nbytes for p in self._checkpoints) > CHECKPOINT_BYTES:
+            del self._checkpoints[1]  # the first one is that of the system prompt
+
+    def _restore_part(self, point: Checkpoint) -> bool:
+        if self.memory is Memory.STATE and self._n_swa:
+            first = self._first()
+            if not (first == 0 or 0 <= first <= point.n - self._n_swa):
+                return False  # llama_memory_hybrid_iswa keeps its window out of a partial state
+        return self._set_state(point.data, _PARTIAL) and self._remove_from(point.n) and self._ends_at(point.n)
+
+    def snapshot_bytes(self) -> int:
+        """What `snapshot` would take."""
+        checkpoints = sum(point.data.nbytes for point in self._checkpoints)
+        return int(self._lib.llama_state_seq_get_size_ext(self._context, 0, _WHOLE)) + checkpoints
+
+    def snapshot(self) -> Snapshot | None:
+        """A copy of the whole memory; None where llama.cpp does not give it."""
+        if not self.held or (data := self._state(_WHOLE)) is None:
+            return None
+        return Snapshot(tuple(self.held), self._first(), data, tuple(self._checkpoints))
+
+    def restore(self, snapshot: Snapshot) -> bool:
+        """Put a copy in place of what is held. Where that fails nothing is held, and the answer is False."""
+        self.clear()
+        n = len(snapshot.tokens)
+        if n > self.n_ctx or not (self._set_state(snapshot.data, _WHOLE) and self._ends_at(n)):
+            self.clear()
+            return False
+        self.held = list(snapshot.tokens)
+        self._checkpoints = list(snapshot.checkpoints)
+        return True
+
+    def _state(self, flags: int) -> State | None:
+        size = int(self._lib.llama_state_seq_get_size_ext(self._context, 0, flags))
+        data = np.empty(size, np.uint8)
+        got = self._lib.llama_state_seq_get_data_ext(self._context, _bytes(data), size, 0, flags) if size else 0
+        return data if size and got == size else None
+
+    def _set_state(self, data: State, flags: int) -> bool:
+        with native.capture_log():
+            read = self._lib.llama_state_seq_set_data_ext(self._context, _bytes(data), data.nbytes, 0, flags)
+        return bool(read == data.nbytes)
+
+    def _ends_at(self, n: int) -> bool:
+        return bool(self._lib.llama_memory_seq_pos_max(self._memory, 0) == n - 1)
+
+    # Computing
+
+    def extend(self, tokens: Sequence[int], marks: Collection[int] = ()) -> None:
+        """Compute `tokens` after those held, with a checkpoint where as many are held as one of `marks` says.
 
         Raises Cancelled and GenerationError; the tokens of whole batches before that stay held.
         """
-        for start in range(0, len(tokens), BATCH):
-            if self.abort_requested:
-                raise Cancelled
-            self._decode(tokens[start : start + BATCH])
-            progress(min(start + BATCH, len(tokens)))
+        begin, end = len(self.held), len(self.held) + len(tokens)
+        stops = sorted({n for n in marks if begin <= n < end}) if self.needs_checkpoints else []
+        position = begin
+        for stop in [*stops, end]:
+            while position < stop:
+                if self._stop:
+                    raise Cancelled
+                step = min(BATCH, stop - position)
+                self._decode(tokens[position - begin : position - begin + step])
+                position += step
+            if stop in stops:
+                self.checkpoint()
 
-    def _decode(self, tokens: Sequence[int]) -> None:
-        ids = (ctypes.c_int32 * len(tokens))(*tokens)
+    def advance(self, tokens: Sequence[int], *, interruptible: bool) -> None:
+        """Compute at most MOST_OUTPUTS tokens, all of which have logits then: `logits(0)` and so on.
+
+        What is not `interruptible` ends before an abort is looked at: a memory that cannot be cut stays sound.
+        Raises Cancelled and GenerationError, and nothing of `tokens` is held then.
+        """
+        if self._stop:
+            raise Cancelled
+        self._interruptible = interruptible
+        try:
+            self._decode(tokens, all_logits=True)
+        finally:
+            self._interruptible = True
+
+    def _decode(self, tokens: Sequence[int], *, all_logits: bool = False) -> None:
         before = len(self.held)
         self.held.extend(tokens)
+        batch = self._filled(tokens, before) if all_logits else None
+        ids = (ctypes.c_int32 * len(tokens))(*tokens)
+        if batch is None:
+            batch = self._lib.llama_batch_get_one(ids, len(tokens))
         try:
             with native.capture_log() as log:
-                status = self._lib.llama_decode(self._context, self._lib.llama_batch_get_one(ids, len(tokens)))
+                status = self._lib.llama_decode(self._context, batch)
         except BaseException:  # Ctrl-C in the calling thread, before or after the call
             del self.held[self._lib.llama_memory_seq_pos_max(self._memory, 0) + 1 :]
             raise
@@ -146,16 +330,29 @@ class Context:
             log=tuple(log.tail(20)),
         )
 
-    def check_logits(self) -> None:
-        """Raise GenerationError when the last token's logits are no numbers: sampling from them would abort."""
-        logits = np.ctypeslib.as_array(self._lib.llama_get_logits_ith(self._context, -1), shape=(self._n_vocab,))
-        highest = logits.max()  # NaN anywhere makes it NaN
-        if not np.isfinite(highest):
+    def _filled(self, tokens: Sequence[int], position: int) -> Any:
+        batch = self._batch
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i] = token, position + i
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+            batch.logits[i] = 1
+        return batch
+
+    def logits(self, index: int = -1) -> NDArray[np.float32]:
+        """Logits [n_vocab] of a token of the last batch, valid until the next. Raises GenerationError.
+
+        They are looked at: sampling from what are no numbers would end the process.
+        """
+        pointer = self._lib.llama_get_logits_ith(self._context, index)
+        logits: NDArray[np.float32] = np.ctypeslib.as_array(pointer, shape=(self._n_vocab,))
+        if not np.isfinite(logits.max()):  # NaN anywhere makes it NaN
             self.clear()
             raise GenerationError(
                 "the model computes no numbers (NaN or infinity)",
                 hint="its file is damaged: fetch or convert it again",
             )
+        return logits
 
     @property
     def pointer(self) -> Any:
@@ -165,4 +362,9 @@ class Context:
     def close(self) -> None:
         context, self._context = self._context, None
         if context:
+            self._lib.llama_batch_free(self._batch)
             self._lib.llama_free(context)
+
+
+def _bytes(data: State) -> Any:
+    return data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,26 @@ from models import native
 from models.errors import LoadError, UsageError
 from models.gguf_file import GgufFile
 from models.gguf_parts import check_model_file, read_model
+from models.library import home
 from models.native import Vocabulary
 from models.text import human_bytes
 from runner import devices, placement
-from runner.engine.context import Context
+from runner.engine.context import Context, ContextOptions, Memory
+from runner.engine.lookup import Lookup
 from runner.engine.memory import available_memory
 from runner.engine.protocol import LoadOptions, LoadProgress
+from runner.engine.speculation import BatchSeconds, Speculation
+from runner.engine.state_files import DEFAULT_LIMIT, StateFiles, model_key
 from runner.engine.threads import default_threads
 
-DEFAULT_CONTEXT = 8192
+UNKNOWN_CONTEXT = 8192
+"""Tokens of context for a model that does not say on how many it was trained."""
 SMALLEST_CONTEXT = 512
+_SPARE_SHARE = 8
+"""A share of the memory beside the weights, for what only saves time: memories kept aside, whole windows."""
+_MOST_BRANCH_BYTES, _BRANCH_BYTES_UNKNOWN = 2 << 30, 256 << 20
+_BATCH_SLOPE_CPU, _BATCH_SLOPE_GPU = 0.5, 0.1
+"""How much longer each further token of a small batch takes than one alone, until that is measured."""
 _MEMORY_FAILURE = ("unable to allocate", "failed to allocate", "out of memory", "failed to create context")
 
 
@@ -38,6 +49,10 @@ class Loaded:
     device: str
     seconds: float
     notes: tuple[str, ...]
+    branch_bytes: int
+    """What memories kept aside may take."""
+    states: StateFiles | None
+    speculation: Speculation | None
 
 
 def load_file(path: Path, options: LoadOptions, progress: LoadProgress | None) -> Loaded:
@@ -48,22 +63,38 @@ def load_file(path: Path, options: LoadOptions, progress: LoadProgress | None) -
     started = time.perf_counter()
     check_model_file(path)
     gguf = read_model(path)
-    n_ctx, notes = choose_context(gguf, options.context)
+    spare = _spare_memory(gguf)
+    n_ctx, notes = choose_context(gguf, options)
     threads = options.threads or default_threads()
     native.set_verbose(options.verbose)
 
     available = devices.offload_devices() if options.gpu_layers != 0 else []
-    plan = placement.place(gguf, n_ctx=n_ctx, asked=options.gpu_layers, vram=options.vram, available=available)
+    plan = placement.place(
+        gguf,
+        n_ctx=n_ctx,
+        asked=options.gpu_layers,
+        vram=options.vram,
+        available=available,
+        kv_types=options.kv_types,
+    )
     if not available and options.gpu_layers != 0:
         notes.append(devices.why_no_gpu())
     elif 0 < plan.gpu_layers < plan.n_layers and options.gpu_layers == "auto":
         notes.append(str(plan))
+    settings = ContextOptions(
+        n_ctx=n_ctx,
+        threads=threads,
+        batch_threads=threads,
+        type_k=placement.KV_TYPES[options.kv_types[0]][0],
+        type_v=placement.KV_TYPES[options.kv_types[1]][0],
+        whole_window=not plan.gpu_layers and _affords_whole_window(gguf, n_ctx, options, spare, notes),
+    )
 
     layers = plan.gpu_layers
     remaining = placement.fewer_layers(layers)
     while True:
         try:
-            model, context = _attempt(path, layers, n_ctx, threads, options.repack, progress)
+            model, context = _attempt(path, layers, settings, options.repack, progress)
             break
         except LoadError as error:
             fewer = next(remaining, None)
@@ -90,16 +121,57 @@ def load_file(path: Path, options: LoadOptions, progress: LoadProgress | None) -
         device=" + ".join(f"{d.name} ({d.description})" for d in available) if layers else "CPU",
         seconds=time.perf_counter() - started,
         notes=tuple(notes),
+        branch_bytes=_BRANCH_BYTES_UNKNOWN if spare is None else min(_MOST_BRANCH_BYTES, spare // _SPARE_SHARE),
+        states=_states(path, options, settings),
+        speculation=_speculation(options, context, layers),
     )
 
 
-def choose_context(gguf: GgufFile, asked: int | None) -> tuple[int, list[str]]:
+def _spare_memory(gguf: GgufFile) -> int | None:
+    """Bytes that are left beside the weights; None where nobody says."""
+    available = available_memory()
+    return None if available is None else max(available - gguf.size, available // _SPARE_SHARE)
+
+
+def _affords_whole_window(
+    gguf: GgufFile, n_ctx: int, options: LoadOptions, spare: int | None, notes: list[str]
+) -> bool:
+    """Whether a model that looks back a window only gets a cache of everything, which can be cut anywhere."""
+    if not gguf.integer(f"{gguf.architecture}.attention.sliding_window"):
+        return False
+    whole = n_ctx * sum(placement.kv_bytes_per_token(gguf, options.kv_types))
+    affords = spare is not None and whole <= spare // _SPARE_SHARE
+    if affords:
+        notes.append(f"sliding window: the whole cache is kept ({human_bytes(whole)}), so that it can be cut anywhere")
+    else:
+        notes.append(
+            f"sliding window: only the window is kept (the whole would take {human_bytes(whole)}), with checkpoints"
+        )
+    return affords
+
+
+def _states(path: Path, options: LoadOptions, settings: ContextOptions) -> StateFiles | None:
+    limit = DEFAULT_LIMIT if options.cache is None else options.cache
+    if limit == 0:
+        return None
+    facts = (settings.type_k, settings.type_v, settings.whole_window, options.repack, version("llama-cpp-python"))
+    return StateFiles(home() / "states", lambda: model_key(path, facts), limit)
+
+
+def _speculation(options: LoadOptions, context: Context, gpu_layers: int) -> Speculation | None:
+    """Guessing from the context, where a guess that was wrong can be taken back."""
+    if not options.speculate or context.memory is Memory.STATE:
+        return None
+    return Speculation(Lookup(), BatchSeconds(_BATCH_SLOPE_GPU if gpu_layers else _BATCH_SLOPE_CPU))
+
+
+def choose_context(gguf: GgufFile, options: LoadOptions) -> tuple[int, list[str]]:
     """Tokens of context, and a note where it is not simply what was asked for or what the model knows.
 
     Raises UsageError for no number of tokens, LoadError for more than the memory can hold.
     """
-    trained = gguf.context_length or 0
-    per_token = sum(placement.kv_bytes_per_token(gguf))
+    trained, asked = gguf.context_length or 0, options.context
+    per_token = sum(placement.kv_bytes_per_token(gguf, options.kv_types))
     available = available_memory()
     if asked is not None:
         if asked < 1:
@@ -108,22 +180,25 @@ def choose_context(gguf: GgufFile, asked: int | None) -> tuple[int, list[str]]:
             raise LoadError(
                 f"a context of {asked} tokens takes {human_bytes(asked * per_token)}"
                 f" and {human_bytes(available)} of memory are available",
-                hint="a smaller --context",
+                hint=f"--context {_affordable(available, per_token)} fits, or a smaller --kv-type",
                 n_ctx=asked,
             )
         note = f"the model was trained on {trained} tokens of context; beyond that its answers decay"
         return asked, [note] if 0 < trained < asked else []
-    n_ctx = min(trained, DEFAULT_CONTEXT) if trained > 0 else DEFAULT_CONTEXT
-    if available is not None and per_token > 0:
-        affordable = int(available / 2 / per_token) // 256 * 256
-        if affordable < n_ctx:
-            n_ctx = max(affordable, min(SMALLEST_CONTEXT, n_ctx))
-            return n_ctx, [f"context of {n_ctx} tokens: memory does not hold more"]
+    n_ctx = trained or UNKNOWN_CONTEXT
+    spare = _spare_memory(gguf)
+    if spare is not None and per_token > 0 and (affordable := _affordable(spare // 2, per_token)) < n_ctx:
+        n_ctx = max(affordable, min(SMALLEST_CONTEXT, n_ctx))
+        return n_ctx, [f"context of {n_ctx} tokens, of {trained or 'unknown'} trained: memory does not hold more"]
     return n_ctx, []
 
 
+def _affordable(memory: int, per_token: int) -> int:
+    return memory // per_token // 256 * 256
+
+
 def _attempt(
-    path: Path, gpu_layers: int, n_ctx: int, threads: int, repack: bool, progress: LoadProgress | None
+    path: Path, gpu_layers: int, settings: ContextOptions, repack: bool, progress: LoadProgress | None
 ) -> tuple[Any, Context]:
     """One try. Raises LoadError; nothing stays in memory then."""
     lib = native.library()
@@ -153,7 +228,7 @@ def _attempt(
         try:
             if lib.llama_model_has_encoder(model) or not lib.llama_model_has_decoder(model):
                 raise LoadError(f"{path.name} is no model that continues text (it has an encoder)", path=path)
-            return model, Context(model, n_ctx=n_ctx, threads=threads)
+            return model, Context(model, settings)
         except BaseException:
             lib.llama_model_free(model)
             raise

@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -16,28 +19,16 @@ from typing import TypeVar
 from models import native
 from models.errors import ContextOverflow, GenerationError
 from models.text import printable
-from runner.engine.context import Cancelled
+from runner.engine.branches import Branches
+from runner.engine.generation import Request, reply
 from runner.engine.loading import Loaded, load_file
 from runner.engine.normalize import nfc, normalizes
-from runner.engine.protocol import (
-    FinishReason,
-    GenerationChunk,
-    GenerationStats,
-    LoadOptions,
-    LoadProgress,
-    Message,
-    ModelInfo,
-    Sampling,
-)
-from runner.engine.sampler import Sampler, recommended_sampling
-from runner.engine.text_stream import TextStream
+from runner.engine.protocol import GenerationChunk, LoadOptions, LoadProgress, Message, ModelInfo, Sampling
+from runner.engine.sampler import recommended_sampling
+from runner.engine.state_files import WORTH_STORING
 from runner.prompt import PromptEncoder
 
 Result = TypeVar("Result")
-
-DIRECT_BELOW = 0.15
-"""Seconds. A step quicker than this runs in the calling thread: Ctrl-C can wait that long, and waking another
-thread for every token costs a multiple of the computation on a busy machine."""
 
 _CLOSED = "the model was closed"
 
@@ -45,17 +36,17 @@ _CLOSED = "the model was closed"
 def load(path: Path, options: LoadOptions | None = None, progress: LoadProgress | None = None) -> LocalEngine:
     """Load a GGUF file. Raises ModelFileError, LoadError, UsageError."""
     options = options or LoadOptions()
-    return LocalEngine(load_file(path, options, progress), parse_special=options.parse_special)
+    return LocalEngine(load_file(path, options, progress), options)
 
 
 class LocalEngine:
-    """A model loaded in this process. One generation at a time; `cancel` may come from any thread.
+    """A model loaded in this process. One generation at a time; `cancel` and `close` may come from any thread.
 
     What takes long runs in a worker thread, so that the thread which iterates stays open to Ctrl-C: interrupted,
     it stops the computation within milliseconds and leaves the engine usable.
     """
 
-    def __init__(self, loaded: Loaded, *, parse_special: bool = False) -> None:
+    def __init__(self, loaded: Loaded, options: LoadOptions) -> None:
         self._loaded = loaded
         self._context = loaded.context
         self._vocabulary = loaded.vocabulary
@@ -64,11 +55,16 @@ class LocalEngine:
             loaded.vocabulary,
             loaded.metadata.get("tokenizer.chat_template"),
             normalize=nfc if self._nfc else lambda text: text,
-            parse_special=parse_special,
+            parse_special=options.parse_special,
         )
+        self._branches = Branches(loaded.context, loaded.branch_bytes)
+        self._states = loaded.states
+        self._waits = options.when_busy == "wait"
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="handmill-engine")
-        self._busy = False
+        self._turn = _Turn()
+        self._native = threading.RLock()  # held while llama.cpp computes: close() waits for that
         self._closed = False
+        self._free = weakref.finalize(self, _free, loaded, self._worker)
         lib = native.library()
         self._info = ModelInfo(
             path=loaded.gguf.path,
@@ -105,11 +101,19 @@ class LocalEngine:
         self._check_open()
         return self._prompts.encode_chat(messages)
 
-    def generate(self, tokens: Sequence[int], sampling: Sampling) -> Iterator[GenerationChunk]:
+    def chat(self, messages: Sequence[Message], sampling: Sampling | None = None) -> Iterator[GenerationChunk]:
+        """The assistant's next turn; see the protocol. Raises TemplateError, ContextOverflow, GenerationError."""
+        tokens = self.encode_chat(messages)
+        marks = self._prompts.marks(messages, tokens) if self._context.needs_checkpoints else ()
+        return self.generate(tokens, sampling, marks=marks)
+
+    def generate(
+        self, tokens: Sequence[int], sampling: Sampling | None = None, *, marks: Collection[int] = ()
+    ) -> Iterator[GenerationChunk]:
         """Continue `tokens`; see the protocol. Raises ContextOverflow, GenerationError."""
         self._check_open()
-        if self._busy:
-            raise GenerationError("a reply is still being generated")
+        if not self._waits:
+            self._turn.check_free()
         if not tokens:
             raise GenerationError("there is nothing to continue: the prompt is empty")
         if len(tokens) > self._context.n_ctx:
@@ -119,70 +123,45 @@ class LocalEngine:
                 prompt_tokens=len(tokens),
                 n_ctx=self._context.n_ctx,
             )
-        return self._generate(list(tokens), sampling)
+        wrong = next((token for token in tokens if not 0 <= token < self._vocabulary.n_tokens), None)
+        if wrong is not None:
+            raise GenerationError(f"token {wrong} is outside the vocabulary of {self._vocabulary.n_tokens}")
+        return self._generate(Request(list(tokens), sampling or self.default_sampling, marks))
 
-    def _generate(self, tokens: list[int], sampling: Sampling) -> Iterator[GenerationChunk]:
-        if self._busy:
-            raise GenerationError("a reply is still being generated")
-        context = self._context
-        context.clear_abort()
-        sampler = Sampler(sampling, self._vocabulary.n_tokens, tokens)
-        stream = TextStream()
-        started = time.perf_counter()
-        cached = generated = 0
-        prefill_seconds = generate_seconds = 0.0
-        step_seconds = DIRECT_BELOW
-        finish: FinishReason = "stop"
-        limit = sampling.max_tokens
+    def _generate(self, request: Request) -> Iterator[GenerationChunk]:
+        with self._turn.taken(wait=self._waits):
+            self._check_open()
+            self._context.clear_abort()
+            yield from reply(
+                self._context, self._vocabulary, self._recall, self._loaded.speculation, request, self._run
+            )
 
-        def stats() -> GenerationStats:
-            return GenerationStats(len(tokens), cached, generated, prefill_seconds, generate_seconds)
+    def _recall(self, tokens: Sequence[int]) -> int:
+        """Bring the context as near to the prompt as anything is that was computed once."""
+        held = self._branches.switch(tokens)
+        if self._states is None or len(tokens) - held < WORTH_STORING:
+            return held
+        found = [(self._context.keepable_of(s.without_data(), tokens), s) for s in self._states.stored()]
+        keeps, best = max(found, key=lambda entry: entry[0], default=(0, None))
+        if best is None or keeps < held + WORTH_STORING or (snapshot := self._states.read(best)) is None:
+            return held
+        return self._branches.take(snapshot, tokens)
 
-        def prefill() -> int:
-            reused = context.reuse(tokens)
-            context.extend(tokens[reused:])
-            context.check_logits()
-            return reused
+    def _keep_on_disk(self) -> None:
+        """Leave what is held to later processes, unless that is little more than they have already."""
+        held = [*self._context.held, -1]
+        if self._states is None or len(held) <= WORTH_STORING:
+            return
+        there = [self._context.keepable_of(s.without_data(), held) for s in self._states.stored()]
+        if len(held) - max(there, default=0) > WORTH_STORING and (snapshot := self._context.snapshot()):
+            with suppress(OSError):  # a full disk costs the next start time, nothing else
+                self._states.write(snapshot)
 
-        def advance(token: int) -> None:
-            context.extend([token])
-            context.check_logits()
-
-        try:
-            self._busy = True
-            cached = self._run(prefill)
-            prefill_seconds = time.perf_counter() - started
-            while True:
-                began = time.perf_counter()
-                token = sampler.sample(context.pointer)
-                if self._vocabulary.is_eog(token):
-                    generate_seconds += time.perf_counter() - began
-                    break
-                generated += 1
-                generate_seconds += time.perf_counter() - began
-                yield GenerationChunk(stream.feed(self._vocabulary.piece(token)), token, stats())
-                if context.abort_requested:
-                    raise Cancelled
-                if (limit is not None and generated >= limit) or len(context.held) >= context.n_ctx:
-                    finish = "length"
-                    break
-                began = time.perf_counter()
-                if step_seconds < DIRECT_BELOW:
-                    advance(token)
-                else:
-                    self._run(partial(advance, token))
-                step_seconds = time.perf_counter() - began
-                generate_seconds += step_seconds
-        except Cancelled:
-            finish = "cancelled"
-        finally:
-            sampler.close()
-            self._busy = False
-        yield GenerationChunk("", None, stats(), finish)
-
-    def _run(self, work: Callable[[], Result]) -> Result:
-        """`work` in the worker thread. An exception that reaches the waiting thread, such as Ctrl-C, stops it."""
-        future: Future[Result] = self._worker.submit(work)
+    def _run(self, work: Callable[[], Result], *, direct: bool) -> Result:
+        """`work`, in the worker thread if not `direct`. What reaches the waiting thread, such as Ctrl-C, stops it."""
+        if direct:
+            return self._locked(work)
+        future: Future[Result] = self._worker.submit(self._locked, work)
         try:
             while True:
                 try:
@@ -196,19 +175,25 @@ class LocalEngine:
                 time.sleep(0.001)
             raise
 
+    def _locked(self, work: Callable[[], Result]) -> Result:
+        with self._native:
+            self._check_open()
+            return work()
+
     def cancel(self) -> None:
         """Stop a running generation soon, from any thread."""
         self._context.abort()
 
     def close(self) -> None:
         """Free the model. A generation that runs is cancelled; calling it again does nothing."""
-        if self._closed:
-            return
-        self._closed = True
         self.cancel()
-        self._worker.shutdown(wait=True)
-        self._context.close()
-        native.library().llama_model_free(self._loaded.model)
+        with self._native:
+            if self._closed:
+                return
+            self._closed = True
+            with suppress(Exception):  # whatever it is, the model goes
+                self._keep_on_disk()
+            self._free()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -223,9 +208,41 @@ class LocalEngine:
         self.close()
 
 
-def _description(loaded: Loaded) -> str:
-    import ctypes
+class _Turn:
+    """Whose turn it is to generate: one at a time, and whoever comes second waits or is refused."""
 
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+
+    def check_free(self) -> None:
+        if self._lock.locked():
+            raise GenerationError("a reply is still being generated", hint="Exhaust or close its iterator first.")
+
+    def taken(self, *, wait: bool) -> _Turn:
+        # A thread that waited for itself would wait for ever.
+        may_wait = wait and self._owner != threading.get_ident()
+        while not self._lock.acquire(timeout=0.2 if may_wait else 0):
+            if not may_wait:
+                self.check_free()
+        self._owner = threading.get_ident()
+        return self
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None:
+        self._owner = None
+        self._lock.release()
+
+
+def _free(loaded: Loaded, worker: ThreadPoolExecutor) -> None:
+    loaded.context.abort()
+    worker.shutdown(wait=False)
+    loaded.context.close()
+    native.library().llama_model_free(loaded.model)
+
+
+def _description(loaded: Loaded) -> str:
     buffer = ctypes.create_string_buffer(256)
     native.library().llama_model_desc(loaded.model, buffer, len(buffer))
     return buffer.value.decode("utf-8", "replace")

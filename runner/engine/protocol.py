@@ -46,6 +46,9 @@ class GenerationStats:
     generated_tokens: int = 0
     prefill_seconds: float = 0.0
     generate_seconds: float = 0.0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    """Of those drafted, how many came out right and so cost no step of their own."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -109,11 +112,18 @@ class Engine(Protocol):
         """
         ...
 
-    def generate(self, tokens: Sequence[int], sampling: Sampling) -> Iterator[GenerationChunk]:
+    def chat(self, messages: Sequence[Message], sampling: Sampling | None = None) -> Iterator[GenerationChunk]:
+        """The assistant's next turn: `generate` of what `encode_chat` gives. None is the model's own sampling.
+
+        Raises TemplateError, ContextOverflow, GenerationError.
+        """
+        ...
+
+    def generate(self, tokens: Sequence[int], sampling: Sampling | None = None) -> Iterator[GenerationChunk]:
         """Continue `tokens`. Raises ContextOverflow, GenerationError, at once or while it is iterated.
 
-        Close or exhaust the iterator before the next call. What the cache already holds of `tokens` is not
-        computed again (`stats.cached_tokens`).
+        One at a time: exhaust or close the iterator before the next call (or see `LoadOptions.when_busy`). What was
+        computed before of the beginning of `tokens` is not computed again (`stats.cached_tokens`).
         """
         ...
 
@@ -136,6 +146,14 @@ class LoadOptions:
     repack: bool = True
     """Lay weights out anew where the CPU computes faster so: more private memory, other rounding."""
     verbose: bool = False
+    kv_types: tuple[str, str] = ("f16", "f16")
+    """What the numbers of the KV cache are kept as: K, V. See `runner.engine.loading.KV_TYPES`."""
+    when_busy: Literal["refuse", "wait"] = "refuse"
+    """What happens to who wants a reply while another is generated."""
+    cache: int | None = None
+    """Bytes of disk for what was computed of long prompts; 0 for none."""
+    speculate: bool = True
+    """Guess tokens from the context and check several at once, where that is quicker."""
 
 
 LoadProgress = Callable[[float], None]

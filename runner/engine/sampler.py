@@ -44,9 +44,9 @@ class Sampler:
     def _add(self, sampler: Any) -> None:
         self._lib.llama_sampler_chain_add(self._chain, sampler)
 
-    def sample(self, context: Any) -> int:
-        """The next token, from the logits of the last one decoded."""
-        token: int = self._lib.llama_sampler_sample(self._chain, context, -1)
+    def sample(self, context: Any, index: int = -1) -> int:
+        """The next token, from the logits of one of the tokens decoded last (-1: of the last)."""
+        token: int = self._lib.llama_sampler_sample(self._chain, context, index)
         return token
 
     def close(self) -> None:

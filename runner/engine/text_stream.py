@@ -1,8 +1,9 @@
-"""Bytes of tokens to text that never shows half a character."""
+"""Tokens in a row: their bytes as text that never shows half a character, and what two rows share."""
 
 from __future__ import annotations
 
 import codecs
+from collections.abc import Sequence
 
 
 class TextStream:
@@ -22,3 +23,15 @@ class TextStream:
 def text_of(data: bytes) -> str:
     """The text that a stream gives of all of `data`."""
     return TextStream().feed(data)
+
+
+def shared_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two sequences begin with together."""
+    limit = min(len(one), len(other))
+    n, step = 0, 256  # whole slices are compared without Python in between
+    while n < limit and list(one[n : n + step]) == list(other[n : n + step]):
+        n += step
+    n = min(n, limit)
+    while n < limit and one[n] == other[n]:
+        n += 1
+    return n

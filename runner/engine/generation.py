@@ -1,0 +1,162 @@
+"""One reply: the prompt is computed as far as it is not held, then tokens are picked and computed in turn."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from models.native import Vocabulary
+from runner.engine.context import Cancelled, Context
+from runner.engine.protocol import FinishReason, GenerationChunk, GenerationStats, Sampling
+from runner.engine.sampler import Sampler
+from runner.engine.speculation import Draft, Speculation
+from runner.engine.text_stream import TextStream
+
+DIRECT_BELOW = 0.15
+"""Seconds. A step quicker than this runs in the calling thread: Ctrl-C can wait that long, and waking another
+thread for every token costs a multiple of the computation on a busy machine."""
+
+
+class Run(Protocol):
+    """Runs a piece of the computation: in the calling thread (`direct`), or so that Ctrl-C is heard meanwhile."""
+
+    def __call__(self, work: Callable[[], Any], *, direct: bool) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be continued."""
+
+    tokens: Sequence[int]
+    sampling: Sampling
+    marks: Collection[int] = ()
+    """Places in `tokens` where later requests may part from this one."""
+
+
+def reply(
+    context: Context,
+    vocabulary: Vocabulary,
+    recall: Callable[[Sequence[int]], int],
+    speculation: Speculation | None,
+    request: Request,
+    run: Run,
+) -> Iterator[GenerationChunk]:
+    """The chunks of a reply. Raises GenerationError.
+
+    `recall` brings the context near the prompt and says how many of its tokens are held then.
+    """
+    tokens, sampling = request.tokens, request.sampling
+    stats = GenerationStats(prompt_tokens=len(tokens))
+    finish: FinishReason = "stop"
+    stream = TextStream()
+
+    def prefill() -> int:
+        held = recall(tokens)
+        context.extend(tokens[held:], {*request.marks, len(tokens) - 1})
+        return held
+
+    with closing(Sampler(sampling, vocabulary.n_tokens, tokens)) as sampler:
+        steps = Steps(context, sampler, speculation, run)
+        began = time.perf_counter()
+        try:
+            cached = run(prefill, direct=False)
+            stats = replace(stats, cached_tokens=cached, prefill_seconds=time.perf_counter() - began)
+            steps.begin(tokens)
+            began = time.perf_counter()
+            while True:
+                token = steps.pick()
+                stats = steps.counted(replace(stats, generate_seconds=stats.generate_seconds + _since(began)))
+                if vocabulary.is_eog(token):
+                    break
+                stats = replace(stats, generated_tokens=stats.generated_tokens + 1)
+                yield GenerationChunk(stream.feed(vocabulary.piece(token)), token, stats)
+                began = time.perf_counter()
+                if context.abort_requested:
+                    raise Cancelled
+                left = None if sampling.max_tokens is None else sampling.max_tokens - stats.generated_tokens
+                if left == 0 or steps.held >= context.n_ctx:
+                    finish = "length"
+                    break
+                steps.compute(token, left)
+        except Cancelled:
+            finish = "cancelled"
+        steps.settle()
+        yield GenerationChunk("", None, stats, finish)
+
+
+def _since(began: float) -> float:
+    return time.perf_counter() - began
+
+
+class Steps:
+    """Picks tokens, and computes what follows them: one at a time, or with drafted ones that may turn out right."""
+
+    def __init__(self, context: Context, sampler: Sampler, speculation: Speculation | None, run: Run) -> None:
+        self._context, self._sampler, self._run = context, sampler, run
+        self._speculation = speculation
+        self._draft = Draft()
+        self._right = 0
+        self._row = -1
+        self._seconds = DIRECT_BELOW
+        self._drafted = self._accepted = 0
+
+    def begin(self, tokens: Sequence[int]) -> None:
+        if self._speculation is not None:
+            self._speculation.begin(tokens)
+
+    @property
+    def held(self) -> int:
+        """Tokens of the context that are certain."""
+        return len(self._context.held) - len(self._draft.tokens) + self._right
+
+    def counted(self, stats: GenerationStats) -> GenerationStats:
+        return replace(stats, drafted_tokens=self._drafted, accepted_tokens=self._accepted)
+
+    def pick(self) -> int:
+        """The next token."""
+
+        def work() -> int:
+            self._context.logits(self._row)
+            return self._sampler.sample(self._context.pointer, self._row)
+
+        token: int = self._run(work, direct=True)
+        if self._speculation is not None:
+            self._speculation.add(token)
+        return token
+
+    def compute(self, token: int, left: int | None) -> None:
+        """Make the logits of what follows `token` ready; at most `left` more are wanted. Raises Cancelled."""
+        if self._right < len(self._draft.tokens) and self._draft.tokens[self._right] == token:
+            self._right += 1
+            self._accepted += 1
+            self._row = self._right
+            return
+        self.settle()
+        room = self._context.n_ctx - len(self._context.held) - 1
+        draft = (
+            Draft()
+            if self._speculation is None
+            else self._speculation.draft(room if left is None else min(room, left))
+        )
+        direct = self._seconds < DIRECT_BELOW
+        began = time.perf_counter()
+        batch = [token, *draft.tokens]
+        self._run(lambda: self._context.advance(batch, interruptible=not direct), direct=direct)
+        self._seconds = _since(began)
+        self._draft, self._right, self._row = draft, 0, 0
+        self._drafted += len(draft.tokens)
+        if self._speculation is not None and not draft.tokens:
+            self._speculation.learn(draft, 0, self._seconds)
+
+    def settle(self) -> None:
+        """Take back what was drafted and did not come."""
+        draft, self._draft = self._draft, Draft()
+        if not draft.tokens:
+            return
+        right, self._right = self._right, 0
+        self._run(lambda: self._context.truncate(len(self._context.held) - len(draft.tokens) + right), direct=True)
+        if self._speculation is not None:
+            self._speculation.learn(draft, right, self._seconds)
