@@ -13,7 +13,8 @@ from tests.checkpoints import Json, Tensors, tiny_config, tiny_tensors, write_js
 KINDS = ("dense", "window", "recurrent", "hybrid")
 WINDOW = 32
 
-_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+_TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+_TEMPLATE = _TURNS + "{% if add_generation_prompt %}<assistant>{% endif %}"
 
 
 def write_model(kind: str, folder: Path) -> Path:

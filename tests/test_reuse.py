@@ -16,7 +16,7 @@ from runner.engine import loading
 from runner.engine.branches import WORTH_KEEPING
 from runner.engine.context import Cancelled, Memory
 from runner.engine.local import LocalEngine, load
-from runner.engine.protocol import LoadOptions, Message, Role, Sampling
+from runner.engine.protocol import LoadOptions, Message, Sampling
 from runner.session import ChatSession
 from tests.memory_models import WINDOW, write_model
 
