@@ -1,9 +1,9 @@
 """Build the tools of llama.cpp that handmill is compared with, from the release that llama-cpp-python carries.
 
-    python -m scripts.build_peer
+    python -m scripts.build_peer [llama-bench ...]
 
-Leaves `build/peer/llama.cpp` (the source, with convert_hf_to_gguf.py) and `build/peer/build/bin/llama-quantize`.
-Does nothing when they are there, or when HANDMILL_PEER names a folder that has them.
+Leaves `build/peer/llama.cpp` (the source, with convert_hf_to_gguf.py) and the tools in `build/peer/build/bin`:
+llama-quantize, and those that are named. Does nothing for what is there, or in the folder that HANDMILL_PEER names.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from scripts.console import Progress, SetupError, say
@@ -22,7 +23,8 @@ from scripts.environment import ROOT, llama_version
 from scripts.llama_wheel import PACKAGE, require_compilers
 
 CONVERTER = Path("llama.cpp", "convert_hf_to_gguf.py")
-QUANTIZER = Path("build", "bin", "llama-quantize")
+BINARIES = Path("build", "bin")
+QUANTIZER = BINARIES / "llama-quantize"
 _STEP = re.compile(r"^\[\s*(\d+)%\]")
 
 
@@ -32,10 +34,11 @@ def peer_folder() -> Path:
 
 def main() -> int:
     folder = peer_folder()
-    if (folder / CONVERTER).exists() and (folder / QUANTIZER).exists():
+    tools = [tool for tool in {QUANTIZER.name, *sys.argv[1:]} if not (folder / BINARIES / tool).exists()]
+    if (folder / CONVERTER).exists() and not tools:
         return 0
     try:
-        build(folder)
+        build(folder, tools)
     except SetupError as error:
         say(f"handmill: {error}")
         return 1
@@ -44,7 +47,7 @@ def main() -> int:
     return 0
 
 
-def build(folder: Path) -> None:
+def build(folder: Path, tools: Sequence[str]) -> None:
     require_compilers(os.environ)
     cmake = shutil.which("cmake")
     if cmake is None:
@@ -54,12 +57,12 @@ def build(folder: Path) -> None:
     if not (folder / CONVERTER).exists():
         say("Fetching the source of llama.cpp ...")
         _fetch_source(source)
-    say("Compiling llama-quantize to compare with. This takes minutes.")
+    say(f"Compiling {', '.join(sorted(tools))} to compare with. This takes minutes.")
     log = folder / "build.log"
     configure = [cmake, "-S", str(source), "-B", str(folder / "build"), "-G", "Unix Makefiles"]
     configure += ["-DCMAKE_BUILD_TYPE=Release", "-DLLAMA_CURL=OFF", "-DLLAMA_BUILD_TESTS=OFF"]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    compile_ = [cmake, "--build", str(folder / "build"), "--target", "llama-quantize", "--parallel", str(cores)]
+    compile_ = [cmake, "--build", str(folder / "build"), "--parallel", str(cores), "--target", *tools]
     with log.open("w", encoding="utf-8") as kept, Progress("compiled (percent)") as progress:
         for command in (configure, compile_):
             with subprocess.Popen(

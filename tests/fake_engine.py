@@ -77,7 +77,9 @@ class FakeEngine:
             raise TemplateError("Fake is a base model: it has no chat template", hint="use `handmill run`")
         return self.encode_text("".join(f"{m.role}: {m.content}\n" for m in messages) + "assistant: ")
 
-    def chat(self, messages: Sequence[Message], sampling: Sampling | None = None) -> Iterator[GenerationChunk]:
+    def chat(
+        self, messages: Sequence[Message], sampling: Sampling | None = None, *, shift: bool = False
+    ) -> Iterator[GenerationChunk]:
         return self.generate(self.encode_chat(messages), sampling)
 
     def generate(self, tokens: Sequence[int], sampling: Sampling | None = None) -> Iterator[GenerationChunk]:

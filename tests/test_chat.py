@@ -168,15 +168,11 @@ def json_chat(engine: FakeEngine, *lines: str) -> tuple[list[dict[str, object]],
 
 
 def test_json_lines_both_ways() -> None:
-    answers, session = json_chat(FakeEngine("Hi 🌾"), '{"system": "Be kind.", "text": "你好\\n"}\n')
-    assert "".join(str(a["text"]) for a in answers if a["type"] == "chunk") == "Hi 🌾"
+    answers, session = json_chat(FakeEngine("Hi 🌾"), '{"command": "/system Be kind."}', '{"content": "你好\\n"}\n')
+    assert answers[:2] == [{"notice": "The system prompt is set."}, {"done": "system"}]
+    assert "".join(str(a["delta"]) for a in answers if "delta" in a) == "Hi 🌾"
     last = answers[-1]
-    assert (last["type"], last["text"], last["finish_reason"], last["generated_tokens"]) == (
-        "reply",
-        "Hi 🌾",
-        "stop",
-        4,
-    )
+    assert (last["text"], last["finish_reason"], last["generated_tokens"]) == ("Hi 🌾", "stop", 4)
     assert session.messages == [
         Message("system", "Be kind."),
         Message("user", "你好\n"),
@@ -184,19 +180,34 @@ def test_json_lines_both_ways() -> None:
     ]
 
 
-def test_json_clear_and_system_without_a_message() -> None:
-    answers, session = json_chat(FakeEngine(), '{"text": "a"}', '{"clear": true, "system": "S"}', '{"system": null}')
-    assert [a["type"] for a in answers[-2:]] == ["done", "done"]
+def test_json_commands() -> None:
+    lines = ['{"content": "a"}', '{"command": "/retry"}', '{"command": "/undo"}', '{"command": "/exit"}', "never read"]
+    answers, session = json_chat(FakeEngine("One", "Two"), *lines)
+    assert [a["text"] for a in answers if "text" in a] == ["One", "Two"]
+    assert answers[-3:] == [{"notice": "Taken back: a"}, {"done": "undo"}, {"done": "exit"}]
     assert session.messages == []
 
 
 @pytest.mark.parametrize(
-    "line", ["nonsense", "[]", "{}", '{"text": 3}', '{"texts": "x"}', '{"clear": "yes"}', "[" * 100_000]
+    "line",
+    [
+        "nonsense",
+        "[]",
+        "{}",
+        '{"content": 3}',
+        '{"contents": "x"}',
+        '{"content": "a", "command": "/undo"}',
+        '{"command": "undo"}',
+        '{"command": "/nothing"}',
+        '{"command": "/undo"}',
+        "[" * 100_000,
+    ],
 )
 def test_json_a_bad_line_is_an_error_and_no_end(line: str) -> None:
-    answers, _ = json_chat(FakeEngine("Fine."), line, '{"text": "hi"}')
-    assert (answers[0]["type"], answers[0]["error"]) == ("error", UsageError.__name__)
-    assert answers[-1]["type"] == "reply"
+    answers, _ = json_chat(FakeEngine("Fine."), line, '{"content": "hi"}')
+    assert answers[0]["error"] == UsageError.__name__
+    assert answers[0]["message"]
+    assert answers[-1]["text"] == "Fine."
 
 
 class Terminal:

@@ -124,7 +124,7 @@ def test_json_to_a_terminal_holds_nothing_that_it_obeys(
     engine.replies = [(*said,)]
     (library.models_folder() / f"{model}.gguf").rename(odd := library.models_folder() / f"{said}.gguf")
     for out in (Tty(), io.StringIO()):
-        stdin('{"text": "x"}')
+        stdin('{"content": "x"}')
         monkeypatch.setattr(sys, "stdout", out)
         assert cli.main([word or str(odd) for word in argv]) == 0
         last = json.loads(out.getvalue().splitlines()[-1])

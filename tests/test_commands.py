@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from models.errors import UsageError
 from runner.chat import commands
-from runner.engine.protocol import Sampling
+from runner.engine.protocol import GenerationChunk, Sampling
 from runner.session import ChatSession
 from tests.fake_engine import FakeEngine
 
@@ -19,6 +21,9 @@ class Recorder:
 
     def say(self, text: str) -> None:
         self.said.append(text)
+
+    def show(self, chunks: Iterator[GenerationChunk]) -> None:
+        self.said.append("".join(chunk.text for chunk in chunks))
 
     def leave(self) -> None:
         self.left = True

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from convert.converter import convert_checkpoint
+from convert.file_types import file_type
 from models.errors import GenerationError
 from runner.engine import loading
 from runner.engine.branches import WORTH_KEEPING
@@ -18,6 +20,7 @@ from runner.engine.context import Cancelled, Memory
 from runner.engine.local import LocalEngine, load
 from runner.engine.protocol import LoadOptions, Message, Sampling
 from runner.session import ChatSession
+from tests.checkpoints import tiny_checkpoint
 from tests.memory_models import WINDOW, write_model
 
 OPTIONS = LoadOptions(context=2048, gpu_layers=0, threads=1, cache=0, kv_types=("f32", "f32"))
@@ -243,3 +246,35 @@ def test_messages_have_marks(pair: tuple[LocalEngine, LocalEngine]) -> None:
     text = [b"".join(prompts._vocabulary.piece(token) for token in tokens[:n]) for n in marks]
     assert text[0].endswith(b"<user>")
     assert text[-1].endswith(b"c<assistant>")
+
+
+def test_a_reply_runs_on_where_a_full_context_may_be_shifted(pair: tuple[LocalEngine, LocalEngine]) -> None:
+    engine = pair[0]
+    tokens = words(18, 2000)
+    for seed in range(20):  # one with which the reply does not end by itself
+        sampling = Sampling(temperature=1.0, seed=seed, max_tokens=200)
+        ended = list(engine.generate(tokens, sampling))[-1]
+        if ended.finish_reason == "length":
+            break
+    assert (ended.finish_reason, ended.stats.generated_tokens) == ("length", 49)
+    last = list(engine.generate(tokens, sampling, shift_after=100))[-1]
+    if engine._context.memory is Memory.CUTTABLE:
+        assert last.stats.generated_tokens == 200 or last.finish_reason == "stop"
+        assert last.stats.shifted_tokens == (2048 - 100) // 2
+        assert engine._context.held[:100] == tokens[:100]
+        assert engine._context.held[100:102] == tokens[100 + 974 : 100 + 976]
+    else:
+        assert (last.finish_reason, last.stats.shifted_tokens) == ("length", 0)
+
+
+def test_a_shift_moves_positions_with_the_tokens(tmp_path: Path) -> None:
+    """In a model of one block no key and no value has seen another token: a shift is exact."""
+    source = tiny_checkpoint(tmp_path / "one", dtype="F32", num_hidden_layers=1)
+    path = convert_checkpoint(source, tmp_path / "one.gguf", file_type("F32")).path
+    with load(path, replace(OPTIONS, context=256)) as engine, load(path, replace(OPTIONS, context=256)) as other:
+        tokens = words(19, 90)
+        engine._context.extend(tokens)
+        assert engine._context.shift(20, 30)
+        rest = [*tokens[:20], *tokens[50:], 7]
+        engine._context.extend([7])
+        assert_as_fresh((engine, other), rest)

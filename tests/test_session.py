@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import pytest
 
-from models.errors import ContextOverflow, GenerationError, TemplateError
+from models.errors import ContextOverflow, GenerationError, TemplateError, UsageError
 from runner.engine.protocol import Message, Sampling
 from runner.session import ChatSession
 from tests.fake_engine import FakeEngine
@@ -136,3 +139,66 @@ def test_the_model_recommends_the_sampling() -> None:
     list(session.reply("hi"))
     assert engine.samplings == [Sampling(temperature=0.0)]
     assert engine.chats == [[Message("user", "hi")]]
+
+
+def test_undo_takes_back_a_turn_and_retry_asks_again() -> None:
+    engine = FakeEngine("One", "Two", "Three")
+    session = ChatSession(engine, system="S")
+    list(session.reply("a"))
+    list(session.reply("b"))
+    assert session.undo() == "b"
+    assert said(session) == [("system", "S"), ("user", "a"), ("assistant", "One")]
+    assert "".join(chunk.text for chunk in session.retry()) == "Three"
+    assert said(session) == [("system", "S"), ("user", "a"), ("assistant", "Three")]
+    session.undo()
+    for use in (session.undo, session.retry):
+        with pytest.raises(UsageError):
+            use()
+
+
+def full_session(**options: Any) -> tuple[ChatSession, FakeEngine, list[str]]:
+    """A conversation of ten turns of about 30 tokens in a context of 250."""
+    engine = FakeEngine("Well.", n_ctx=250)
+    notes: list[str] = []
+    session = ChatSession(engine, "Be brief.", Sampling(max_tokens=50), notify=notes.append, **options)
+    for turn in range(10):
+        list(session.reply(f"turn {turn}"))
+    return session, engine, notes
+
+
+def test_the_oldest_turns_are_left_out_and_a_line_says_which() -> None:
+    session, engine, notes = full_session()
+    given = engine.chats[-1]
+    assert given[0] == Message("system", "Be brief.")  # never the system prompt
+    assert given[1].role == "user"
+    assert given[-1].content == "turn 9"
+    assert all(len(prompt) + 50 <= 250 for prompt in engine.prompts)
+    assert len(session.messages) == 21  # nothing is lost
+    left_out = session.messages[1 : -len(given) + 1 - 1]
+    for note in notes:
+        turns = [left_out.pop(0) for _ in range(2 * notes_turns(note))]
+        n = len(engine.encode_text("".join(f"{m.role}: {m.content}\n" for m in turns)))
+        assert f"({n} tokens, from {turns[0].content!r} on)" in note
+    assert notes
+    assert not left_out
+
+
+def notes_turns(note: str) -> int:
+    match = re.search(r"the (\d+) oldest turns|the oldest turn ", note)
+    assert match
+    return int(match[1] or 1)
+
+
+def test_an_overflow_can_be_an_error_with_both_numbers() -> None:
+    with pytest.raises(ContextOverflow, match=r"\d+ tokens.*250") as caught:
+        full_session(overflow="error")
+    assert caught.value.facts["n_ctx"] == 250
+
+
+def test_clear_brings_everything_back() -> None:
+    session, engine, notes = full_session()
+    session.clear()
+    noted = len(notes)
+    list(session.reply("again"))
+    assert engine.chats[-1] == session.messages[:2]
+    assert len(notes) == noted

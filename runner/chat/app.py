@@ -32,7 +32,7 @@ from models.errors import HandmillError
 from models.text import printable
 from runner.chat import commands
 from runner.chat.render import TerminalFilter
-from runner.engine.protocol import Engine
+from runner.engine.protocol import Engine, GenerationChunk
 
 if TYPE_CHECKING:
     from runner.session import ChatSession
@@ -54,6 +54,7 @@ class ChatApp:
         output: Output | None = None,
     ) -> None:
         self.session = session
+        session.notify = lambda text: self.say(f"[{text}]")
         self._engine = engine
         self._leaving = False
         self._prompt: PromptSession[str] = PromptSession(
@@ -103,15 +104,15 @@ class ChatApp:
         if isinstance(call, commands.Call):
             call(self)
         else:
-            self._stream(call)
+            self.show(self.session.reply(call))
 
-    def _stream(self, message: str) -> None:
-        """Show the reply to `message` as it comes. Ctrl-C ends it and keeps what came, a second one leaves."""
+    def show(self, chunks: Iterator[GenerationChunk]) -> None:
+        """Show a reply as it comes. Ctrl-C ends it and keeps what came, a second one leaves."""
         terminal = TerminalFilter()
         finish, shown = None, ""
         with _quiet_keyboard(), _ctrl_c_stops(self._engine) as stopped:
             try:
-                for chunk in self.session.reply(message):
+                for chunk in chunks:
                     text = terminal.feed(chunk.text)
                     self._write(text)
                     shown = text or shown

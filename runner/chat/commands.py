@@ -15,6 +15,7 @@ from models.errors import UsageError
 from models.text import printable
 
 if TYPE_CHECKING:
+    from runner.engine.protocol import GenerationChunk
     from runner.session import ChatSession
 
 _COMMAND = re.compile(r"/([A-Za-z?]\w*)(?:\s+(.*))?", re.DOTALL)
@@ -28,6 +29,10 @@ class Chat(Protocol):
 
     def say(self, text: str) -> None:
         """Tell the person something that is not of the conversation."""
+        ...
+
+    def show(self, chunks: Iterator[GenerationChunk]) -> None:
+        """Give out a reply of the session as it comes."""
         ...
 
     def leave(self) -> None:
@@ -110,6 +115,14 @@ def _system(chat: Chat, argument: str) -> None:
     chat.say(chat.session.system or "No system prompt.")
 
 
+def _undo(chat: Chat, _: str) -> None:
+    chat.say(f"Taken back: {chat.session.undo()}")
+
+
+def _retry(chat: Chat, _: str) -> None:
+    chat.show(chat.session.retry())
+
+
 def _exit(chat: Chat, _: str) -> None:
     chat.leave()
 
@@ -118,6 +131,8 @@ COMMANDS = (
     Command("help", "show this", _help, aliases=("h", "?")),
     Command("clear", "forget the conversation, keep the system prompt", _clear, aliases=("new",)),
     Command("system", "set the system prompt; alone, show it", _system, argument="[TEXT|off]"),
+    Command("undo", "take back the last message and its reply", _undo),
+    Command("retry", "have the last message answered once more", _retry, aliases=("regen",)),
     Command("exit", "leave", _exit, aliases=("quit", "q", "bye")),
 )
 

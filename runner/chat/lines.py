@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from models.errors import HandmillError, UsageError
@@ -22,6 +22,7 @@ class LineChat:
 
     def __init__(self, session: ChatSession) -> None:
         self.session = session
+        session.notify = lambda text: self.say(f"note: {text}")
         self._leaving = False
 
     def run(self, lines: Iterable[str]) -> int:
@@ -32,7 +33,7 @@ class LineChat:
                 if isinstance(call, commands.Call):
                     call(self)
                 else:
-                    self._answer(call)
+                    self.show(self.session.reply(call))
             if self._leaving:
                 break
         return 0
@@ -43,9 +44,9 @@ class LineChat:
     def leave(self) -> None:
         self._leaving = True
 
-    def _answer(self, text: str) -> None:
+    def show(self, chunks: Iterator[GenerationChunk]) -> None:
         terminal = TerminalFilter() if sys.stdout.isatty() else None
-        for chunk in self.session.reply(text):
+        for chunk in chunks:
             sys.stdout.write(terminal.feed(chunk.text) if terminal else chunk.text)
             sys.stdout.flush()
         sys.stdout.write("\n")
@@ -56,8 +57,10 @@ class JsonChat:
     """JSON lines both ways; the fields are documented in `runner.cli.chat`. An error is an answer, not an end."""
 
     def __init__(self, session: ChatSession, report: Callable[[str, GenerationChunk], dict[str, object]]) -> None:
-        self._session = session
+        self.session = session
+        session.notify = self.say
         self._report = report
+        self._leaving = False
 
     def run(self, lines: Iterable[str]) -> int:
         for line in lines:
@@ -65,48 +68,55 @@ class JsonChat:
                 try:
                     self._take(_request(line))
                 except HandmillError as error:
-                    self._write(
-                        {"type": "error", "error": type(error).__name__, "message": str(error), "hint": error.hint}
-                    )
+                    self._write({"error": type(error).__name__, "message": str(error), "hint": error.hint})
+            if self._leaving:
+                break
         return 0
 
-    def _take(self, request: dict[str, object]) -> None:
-        if request.get("clear"):
-            self._session.clear()
-        if "system" in request:
-            system = request["system"]
-            self._session.set_system(system if isinstance(system, str) else None)
-        text = request.get("text")
-        if not isinstance(text, str):
-            self._write({"type": "done"})
-            return
+    def say(self, text: str) -> None:
+        self._write({"notice": text})
+
+    def leave(self) -> None:
+        self._leaving = True
+
+    def show(self, chunks: Iterator[GenerationChunk]) -> None:
         pieces: list[str] = []
         last = GenerationChunk("", None)
-        for last in self._session.reply(text):
+        for last in chunks:
             if last.text:
                 pieces.append(last.text)
-                self._write({"type": "chunk", "text": last.text})
-        self._write({"type": "reply", **self._report("".join(pieces), last)})
+                self._write({"delta": last.text})
+        self._write(self._report("".join(pieces), last))
+
+    def _take(self, request: dict[str, str]) -> None:
+        if "content" in request:
+            self.show(self.session.reply(request["content"]))
+            return
+        call = commands.parse(request["command"])
+        if not isinstance(call, commands.Call):
+            raise UsageError(
+                f"{printable(request['command'], 80)!r} is no command", hint='Write {"command": "/undo"}.'
+            )
+        call(self)
+        self._write({"done": call.command.name})
 
     def _write(self, answer: dict[str, object]) -> None:
         print(json_line(answer), flush=True)
 
 
-def _request(line: str) -> dict[str, object]:
-    """One request, checked. Raises UsageError."""
+def _request(line: str) -> dict[str, str]:
+    """One request, checked: a message or a command. Raises UsageError."""
     try:
         request = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"the line is no JSON: {printable(error)}") from error
+    hint = 'Write {"content": "Hello"} or {"command": "/undo"}.'
     if not isinstance(request, dict):
-        raise UsageError("the line is no JSON object", hint='Write {"text": "Hello"}.')
-    for key, kinds in (("text", (str,)), ("system", (str, type(None))), ("clear", (bool,))):
-        if key in request and not isinstance(request[key], kinds):
-            raise UsageError(f"'{key}' has a value of the wrong kind")
-    unknown = request.keys() - {"text", "system", "clear"}
-    if unknown or not request:
-        raise UsageError(
-            f"unknown key {printable(min(unknown))!r}" if unknown else "the object is empty",
-            hint="The keys are text, system and clear.",
-        )
+        raise UsageError("the line is no JSON object", hint=hint)
+    unknown = request.keys() - {"content", "command"}
+    if unknown or len(request) != 1:
+        what = f"unknown key {printable(min(unknown), 40)!r}" if unknown else "there is not one key in the object"
+        raise UsageError(what, hint=hint)
+    if not all(isinstance(value, str) for value in request.values()):
+        raise UsageError(f"the value of {min(request)!r} is no string", hint=hint)
     return request

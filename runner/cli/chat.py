@@ -2,10 +2,11 @@
 
 Where stdin is no terminal, each of its lines is a message and is answered on stdout.
 
---json is for other programs: JSON lines in, JSON lines out. A request has any of `text` (a message), `system` (a
-string, or null for none) and `clear` (true: forget the conversation); they take effect in the order clear, system,
-text. Answers, told apart by `type`: `chunk` (text) while the reply comes; `reply` with the fields of `handmill run
---json` at its end; `done` for a request without text; `error` (error, message, hint), after which the chat goes on.
+--json is for other programs: JSON lines in, JSON lines out. {"content": "..."} sends a message, {"command": "/undo"}
+runs a command of the chat. Out come {"delta": "..."} while a reply streams, then the object that `handmill run --json`
+prints; {"notice": "..."} for what a command says or the conversation has to tell; {"done": "undo"} after a command;
+and {"error": NAME, "message": "...", "hint": "..."}, after which the chat goes on. Every request ends with an object
+that has `finish_reason`, `done` or `error`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="a GGUF file, a library name, owner/name[:TYPE] or a checkpoint directory (default: the last one used)",
     )
+    parser.add_argument(
+        "--overflow",
+        choices=["drop", "shift", "error"],
+        default="drop",
+        help="a full context: leave out the oldest turns; let replies run on too; or stop (default: drop)",
+    )
     add_sampling_options(parser)
     add_load_options(parser)
     add_output_options(parser)
@@ -42,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
             )
         from runner.session import ChatSession
 
-        session = ChatSession(engine, args.system, sampling(args, engine.default_sampling))
+        session = ChatSession(engine, args.system, sampling(args, engine.default_sampling), overflow=args.overflow)
         if args.json:
             from runner.chat.lines import JsonChat
             from runner.cli.run import report

@@ -201,6 +201,20 @@ class Context:
     def _remove_from(self, n: int) -> bool:
         return bool(self._lib.llama_memory_seq_rm(self._memory, 0, n, -1))
 
+    def shift(self, start: int, n: int) -> bool:
+        """Take `n` tokens out from `start` on, and move those after them there; False where the memory cannot.
+
+        What was computed of the tokens that move stays as it is, though they have seen those that go.
+        """
+        end = start + n
+        if self.memory is not Memory.CUTTABLE or n < 1 or not self._lib.llama_memory_can_shift(self._memory):
+            return False
+        if not self._lib.llama_memory_seq_rm(self._memory, 0, start, end):
+            return False
+        self._lib.llama_memory_seq_add(self._memory, 0, end, -1, -n)
+        del self.held[start:end]
+        return True
+
     def clear(self) -> None:
         self._lib.llama_memory_clear(self._memory, True)
         self.held.clear()

@@ -34,6 +34,8 @@ class Request:
     sampling: Sampling
     marks: Collection[int] = ()
     """Places in `tokens` where later requests may part from this one."""
+    shift_after: int | None = None
+    """With a full context go on without the oldest tokens after so many; None: the reply ends."""
 
 
 def reply(
@@ -77,6 +79,8 @@ def reply(
                 if context.abort_requested:
                     raise Cancelled
                 left = None if sampling.max_tokens is None else sampling.max_tokens - stats.generated_tokens
+                if left != 0 and steps.held >= context.n_ctx and request.shift_after is not None:
+                    stats = replace(stats, shifted_tokens=stats.shifted_tokens + steps.make_room(request.shift_after))
                 if left == 0 or steps.held >= context.n_ctx:
                     finish = "length"
                     break
@@ -150,6 +154,12 @@ class Steps:
         self._drafted += len(draft.tokens)
         if self._speculation is not None and not draft.tokens:
             self._speculation.learn(draft, 0, self._seconds)
+
+    def make_room(self, keep: int) -> int:
+        """Let the older half of what comes after the first `keep` tokens go; how many that were."""
+        self.settle()
+        n = (len(self._context.held) - keep) // 2
+        return n if self._run(lambda: self._context.shift(keep, n), direct=True) else 0
 
     def settle(self) -> None:
         """Take back what was drafted and did not come."""

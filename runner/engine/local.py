@@ -101,14 +101,21 @@ class LocalEngine:
         self._check_open()
         return self._prompts.encode_chat(messages)
 
-    def chat(self, messages: Sequence[Message], sampling: Sampling | None = None) -> Iterator[GenerationChunk]:
+    def chat(
+        self, messages: Sequence[Message], sampling: Sampling | None = None, *, shift: bool = False
+    ) -> Iterator[GenerationChunk]:
         """The assistant's next turn; see the protocol. Raises TemplateError, ContextOverflow, GenerationError."""
         tokens = self.encode_chat(messages)
-        marks = self._prompts.marks(messages, tokens) if self._context.needs_checkpoints else ()
-        return self.generate(tokens, sampling, marks=marks)
+        marks = self._prompts.marks(messages, tokens) if shift or self._context.needs_checkpoints else set()
+        return self.generate(tokens, sampling, marks=marks, shift_after=min(marks, default=0) if shift else None)
 
     def generate(
-        self, tokens: Sequence[int], sampling: Sampling | None = None, *, marks: Collection[int] = ()
+        self,
+        tokens: Sequence[int],
+        sampling: Sampling | None = None,
+        *,
+        marks: Collection[int] = (),
+        shift_after: int | None = None,
     ) -> Iterator[GenerationChunk]:
         """Continue `tokens`; see the protocol. Raises ContextOverflow, GenerationError."""
         self._check_open()
@@ -126,7 +133,7 @@ class LocalEngine:
         wrong = next((token for token in tokens if not 0 <= token < self._vocabulary.n_tokens), None)
         if wrong is not None:
             raise GenerationError(f"token {wrong} is outside the vocabulary of {self._vocabulary.n_tokens}")
-        return self._generate(Request(list(tokens), sampling or self.default_sampling, marks))
+        return self._generate(Request(list(tokens), sampling or self.default_sampling, marks, shift_after))
 
     def _generate(self, request: Request) -> Iterator[GenerationChunk]:
         with self._turn.taken(wait=self._waits):

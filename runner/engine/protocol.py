@@ -49,6 +49,8 @@ class GenerationStats:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     """Of those drafted, how many came out right and so cost no step of their own."""
+    shifted_tokens: int = 0
+    """Of prompt and reply, the oldest that went to make room for more."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -112,9 +114,13 @@ class Engine(Protocol):
         """
         ...
 
-    def chat(self, messages: Sequence[Message], sampling: Sampling | None = None) -> Iterator[GenerationChunk]:
+    def chat(
+        self, messages: Sequence[Message], sampling: Sampling | None = None, *, shift: bool = False
+    ) -> Iterator[GenerationChunk]:
         """The assistant's next turn: `generate` of what `encode_chat` gives. None is the model's own sampling.
 
+        With `shift` a full context does not end the reply: the oldest tokens after the system prompt go, and what
+        stays is moved to their place, where the model allows it (`stats.shifted_tokens`).
         Raises TemplateError, ContextOverflow, GenerationError.
         """
         ...
