@@ -6,17 +6,20 @@ import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from models import library
 from models.text import printable
 from runner.cli.options import load_options
 from runner.cli.progress import ProgressLine
 from runner.cli.resolve import resolve_model
-from runner.engine.protocol import Engine
+
+if TYPE_CHECKING:
+    from runner.engine.local import LocalEngine
 
 
 @contextmanager
-def loaded_engine(args: argparse.Namespace) -> Iterator[Engine]:
+def loaded_engine(args: argparse.Namespace) -> Iterator[LocalEngine]:
     """Resolve MODEL, load it with a line of progress, say on stderr what is to be said of it; closed at the end.
 
     Raises HandmillError.

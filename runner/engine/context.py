@@ -92,7 +92,9 @@ class Context:
         lib = native.library()
         self._lib = lib
         self.held: list[int] = []
+        self.threads = options.threads
         self._checkpoints: list[Checkpoint] = []
+        self._rows: dict[int, NDArray[np.float32]] = {}
         # A C function over a flag byte: strlen is 0 until the first byte is set. No Python runs in the callback,
         # so it needs no interpreter lock and has no exception to lose.
         self._flag = ctypes.create_string_buffer(2)
@@ -122,7 +124,7 @@ class Context:
             )
         self._batch = lib.llama_batch_init(MOST_OUTPUTS, 0, 1)
         self._memory = lib.llama_get_memory(self._context)
-        self._n_vocab: int = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
+        self.n_vocab: int = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
         self._n_swa: int = 0 if options.whole_window else max(lib.llama_model_n_swa(model), 0)
         if lib.llama_model_is_recurrent(model) or lib.llama_model_is_hybrid(model):
             self.memory = Memory.STATE
@@ -359,7 +361,9 @@ class Context:
         They are looked at: sampling from what are no numbers would end the process.
         """
         pointer = self._lib.llama_get_logits_ith(self._context, index)
-        logits: NDArray[np.float32] = np.ctypeslib.as_array(pointer, shape=(self._n_vocab,))
+        address = ctypes.addressof(pointer.contents)
+        if (logits := self._rows.get(address)) is None:  # making the array takes longer than reading it
+            logits = self._rows[address] = np.ctypeslib.as_array(pointer, shape=(self.n_vocab,))
         if not np.isfinite(logits.max()):  # NaN anywhere makes it NaN
             self.clear()
             raise GenerationError(

@@ -18,8 +18,10 @@ from typing import TypeVar
 
 from models import native
 from models.errors import ContextOverflow, GenerationError
+from models.gguf_file import GgufFile
 from models.text import printable
 from runner.engine.branches import Branches
+from runner.engine.context import Context
 from runner.engine.generation import Request, reply
 from runner.engine.loading import Loaded, load_file
 from runner.engine.normalize import nfc, normalizes
@@ -186,6 +188,11 @@ class LocalEngine:
         with self._native:
             self._check_open()
             return work()
+
+    def measured(self) -> tuple[Context, GgufFile]:
+        """What a benchmark measures, beneath the replies: nothing else may run meanwhile."""
+        self._check_open()
+        return self._context, self._loaded.gguf
 
     def cancel(self) -> None:
         """Stop a running generation soon, from any thread."""

@@ -1,0 +1,89 @@
+"""`handmill bench`: what it measures, and what it says of it. How fast a machine is, no test can know."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from models.gguf_file import read_gguf
+from runner import bench
+from runner.bandwidth import memory_bandwidth
+from runner.cli import main as cli
+from runner.engine.local import load
+from runner.engine.protocol import LoadOptions
+from tests.memory_models import KINDS, write_model
+
+QUICK = ["-p", "16", "-n", "4", "-r", "2", "-g", "0", "-d", "0"]
+
+
+def test_json_has_the_documented_fields(starter_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", str(starter_model), *QUICK, "--json", "-q", "-d", "0,32", "-j", "1"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["test"], row["depth"]) for row in rows] == [("pp16", 0), ("tg4", 0), ("pp16", 32), ("tg4", 32)]
+    for row in rows:
+        assert row["tokens_per_second"] > 0
+        assert row["spread"] >= 0
+        assert (row["threads"], row["batch"], row["gpu_layers"], row["device"]) == (1, 512, 0, "CPU")
+        assert row["peak_bytes"] > starter_model.stat().st_size // 2
+        assert (row["memory_share"] is None) == row["test"].startswith("pp")
+
+
+def test_the_table_and_the_pictures(starter_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, magic in (("speed.svg", b"<?xml"), ("speed.png", b"\x89PNG")):
+        picture = tmp_path / name
+        assert cli.main(["bench", str(starter_model), *QUICK, "-d", "0,8", "--plot", str(picture)]) == 0
+        assert picture.read_bytes().startswith(magic)
+    out = capsys.readouterr().out
+    assert "tok/s" in out
+    assert "tg4" in out
+    assert "memory at its peak" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["-p", "0", "-n", "0"], "nothing to measure"),
+        (["-c", "16", "-d", "4000"], "no test fits"),
+        (["--plot", "missing/speed.svg"], "cannot write"),
+    ],
+)
+def test_what_cannot_be_measured(
+    starter_model: Path, argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["bench", str(starter_model), "-q", *QUICK, *argv]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_without_matplotlib_the_extra_is_named(
+    starter_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["bench", str(starter_model), "--plot", "x.svg", *QUICK]) == 2
+    assert "handmill[plot]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [["--plot", "x.jpg"], ["-d", "1,x"], ["-r", "0"]])
+def test_bad_options_are_usage_errors(options: list[str]) -> None:
+    assert cli.main(["bench", "m", *options]) == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_round_begins_at_its_depth(kind: str, tmp_path: Path) -> None:
+    with load(write_model(kind, tmp_path), LoadOptions(context=256, gpu_layers=0, threads=1, cache=0)) as engine:
+        context, gguf = engine.measured()
+        tests = bench.measure(context, gguf, prompt=8, generate=4, depths=[0, 50], rounds=2)
+        held = [len(context.held) for _ in tests]
+        assert held == [8, 4, 58, 54]
+
+
+def test_weights_read_for_a_token(starter_model: Path) -> None:
+    gguf = read_gguf(starter_model)
+    # Its embedding is tied: it is read whole, as the output.
+    assert bench.weight_bytes(gguf) == sum(tensor.nbytes for tensor in gguf.tensors)
+
+
+def test_bandwidth_is_that_of_a_machine() -> None:
+    assert 1e8 < memory_bandwidth(1) < 1e13
