@@ -2,19 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from convert.check_texts import CHECK_TEXTS, LIMIT_TEXTS
+from convert.isolated import DEADLINE_SECONDS, HINT, Ended, Isolated
 from models.errors import CheckFailed, HandmillError
 from models.native import forward_pass, open_vocabulary
 
-__all__ = ["CHECK_TEXTS", "LIMIT_TEXTS", "check_computation", "check_forward_pass", "check_vocabulary"]
+__all__ = [
+    "CHECK_TEXTS",
+    "LIMIT_TEXTS",
+    "check_apart",
+    "check_computation",
+    "check_forward_pass",
+    "check_vocabulary",
+]
 
 _FORWARD_TOKENS = 2
+_BYTES_A_SECOND = 10_000_000
+"""What the slowest disk reads."""
+
+Result = TypeVar("Result")
+
+
+def check_apart(isolated: Isolated, check: Callable[..., Result], path: Path, *args: object) -> Result:
+    """`check(path, *args)`, one of the checks below, in a process that llama.cpp may end. Raises CheckFailed."""
+    seconds = DEADLINE_SECONDS + path.stat().st_size / _BYTES_A_SECOND
+    try:
+        return isolated.call(check, path, *args, seconds=seconds)
+    except Ended as ended:
+        raise CheckFailed(
+            f"llama.cpp does not run the file: {ended}",
+            hint=HINT,
+        ) from None
 
 
 def check_vocabulary(path: Path, expected_ids: Mapping[str, list[int]], limits: Collection[str]) -> list[str]:
@@ -42,17 +67,17 @@ def check_vocabulary(path: Path, expected_ids: Mapping[str, list[int]], limits: 
 
 
 def check_computation(
-    path: Path, expected_ids: Mapping[str, list[int]], *, architecture: str, n_vocab: int, threads: int
+    path: Path, expected_ids: Mapping[str, list[int]], architecture: str, n_vocab: int, threads: int
 ) -> None:
     """Run one forward pass over the file. Raises CheckFailed if llama.cpp cannot, or the logits are not finite."""
     tokens = next((ids for ids in expected_ids.values() if ids), [0])
     # The vocabulary was checked on its own; a large one takes longer to load than the pass.
     no_vocabulary: dict[str, int | str] = {"tokenizer.ggml.model": "none", f"{architecture}.vocab_size": n_vocab}
-    check_forward_pass(path, tokens[:_FORWARD_TOKENS], overrides=no_vocabulary, threads=threads)
+    check_forward_pass(path, threads, tokens[:_FORWARD_TOKENS], no_vocabulary)
 
 
 def check_forward_pass(
-    path: Path, tokens: Sequence[int] = (0, 1), *, threads: int, overrides: Mapping[str, int | str] | None = None
+    path: Path, threads: int, tokens: Sequence[int] = (0, 1), overrides: Mapping[str, int | str] | None = None
 ) -> None:
     """Run one forward pass over a file. Raises CheckFailed if llama.cpp cannot, or the logits are not finite."""
     with _translated():

@@ -3,7 +3,8 @@
     checkpoint -> family -> (tensor plan, metadata, vocabulary) -> tensor types -> header -> rows -> check -> file
 
 `plan_conversion` does all that needs no weights; `convert_checkpoint` carries the plan out. The types fix every
-offset; then rows stream from shard to file through threads that encode them, while a process reads the tokenizer.
+offset; then rows stream from shard to file through threads that encode them. A second process lets llama.cpp look the
+model over, reads the tokenizer meanwhile, and checks the file: what it does not survive is a named error.
 """
 
 from __future__ import annotations
@@ -12,14 +13,15 @@ import struct
 import time
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from convert import metadata, quantize
-from convert.check import CHECK_TEXTS, LIMIT_TEXTS, check_computation, check_vocabulary
+from convert.check import CHECK_TEXTS, LIMIT_TEXTS, check_apart, check_computation, check_vocabulary
 from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.file_types import DEFAULT, FileType
+from convert.isolated import Isolated, isolation
 from convert.lora import merged, open_adapter
 from convert.output import check_outputs, flush, whole_files
 from convert.pipeline import PlacedTensor, available_cores, write_tensors
@@ -36,12 +38,13 @@ from convert.placement import (
     write_headers,
 )
 from convert.quantized import decoded
-from convert.reading import reading_vocabulary
+from convert.reading import vocabulary_of
 from convert.tensors import TensorPlan, plan_tensors
 from convert.vocabulary import Vocabulary
 from models.errors import CheckpointError
 from models.families import ModelFamily, family_of
 from models.hparams import Hparams
+from models.native import library
 
 _WAIT_SECONDS = 0.1
 _TEXTS = (*CHECK_TEXTS, *LIMIT_TEXTS)
@@ -81,26 +84,29 @@ def convert_checkpoint(
     threads = threads or available_cores()
     check_outputs(part_paths(output, (), split_size), 0, force=force)
     progress("planning", 0, 1)
-    model = _open_model(source, ignored_fields, adapter)
-    # The process that reads the tokenizer ends first, so that nothing waits for it when something else went wrong.
-    with (
-        ThreadPoolExecutor(1) as beside,
-        reading_vocabulary(source, model.n_vocab, _TEXTS, model.family.vocabulary) as vocabulary,
-    ):
-        tensors = _place(model, file_type, split_size)
+    # The other process ends first, so that nothing waits for it when something else went wrong.
+    with ThreadPoolExecutor(1) as beside, _isolation() as isolated:
+        beside.submit(library)  # takes a moment, in which the headers are read
+        model = _open_model(source, ignored_fields, adapter)
+        tensors = _place(model, file_type, split_size, isolated)
         paths = part_paths(output, tensors, split_size)
         source_bytes = model.checkpoint.n_bytes
         all_weights = sum(tensor.plan.n_weights for tensor in tensors)
         with whole_files(paths, data_bytes(tensors), force=force) as partials:
 
             def write_plan() -> ConversionPlan:
-                plan = _finish(model, file_type, tensors, vocabulary(), split_size)
+                plan = _finish(model, file_type, tensors, _vocabulary(model, isolated), split_size)
                 write_headers(plan, partials)
                 return plan
 
-            planned = beside.submit(write_plan)
             # While the weights are encoded the vocabulary is checked, which ends the run at once if it fails.
-            checked = beside.submit(lambda: _check_vocabulary(planned.result(), partials[0])) if check else None
+            planned = beside.submit(write_plan)
+
+            def check_ids() -> list[str]:
+                plan = planned.result()
+                return check_apart(isolated, check_vocabulary, partials[0], plan.expected_ids, plan.known_limits)
+
+            checked = beside.submit(check_ids) if check else None
 
             def encoded(n_weights: int) -> None:
                 for future in (planned, checked):
@@ -121,13 +127,8 @@ def convert_checkpoint(
                 beside.submit(flush, partial)
             if check:
                 progress("checking", source_bytes, source_bytes)
-                check_computation(
-                    partials[0],
-                    plan.expected_ids,
-                    architecture=model.family.gguf_arch,
-                    n_vocab=model.n_vocab,
-                    threads=threads,
-                )
+                asked = (plan.expected_ids, model.family.gguf_arch, model.n_vocab, threads)
+                check_apart(isolated, check_computation, partials[0], *asked)
     return ConversionReport(paths[0], tuple(paths), plan, time.monotonic() - started, check, warnings)
 
 
@@ -143,10 +144,10 @@ def plan_conversion(
 
     Raises CheckpointError, UnsupportedError, TensorError, TokenizerError, ConversionFailed, UsageError.
     """
-    model = _open_model(source, ignored_fields, adapter)
-    with reading_vocabulary(source, model.n_vocab, _TEXTS, model.family.vocabulary) as vocabulary:
-        tensors = _place(model, file_type, split_size)
-        return _finish(model, file_type, tensors, vocabulary(), split_size)
+    with _isolation() as isolated:
+        model = _open_model(source, ignored_fields, adapter)
+        tensors = _place(model, file_type, split_size, isolated)
+        return _finish(model, file_type, tensors, _vocabulary(model, isolated), split_size)
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,10 @@ class _Model:
     @property
     def n_vocab(self) -> int:
         return self.hparams.integer("vocab_size")
+
+
+def _isolation() -> AbstractContextManager[Isolated]:
+    return isolation("convert.check", "convert.quantize", "convert.reading")
 
 
 def _open_model(source: Path, ignored_fields: Collection[str], adapter: Path | None) -> _Model:
@@ -200,11 +205,11 @@ def _finish(
     )
 
 
-def _check_vocabulary(plan: ConversionPlan, partial: Path) -> list[str]:
-    return check_vocabulary(partial, plan.expected_ids, plan.known_limits)
+def _vocabulary(model: _Model, isolated: Isolated) -> Vocabulary:
+    return vocabulary_of(isolated, model.checkpoint.path, model.n_vocab, _TEXTS, model.family.vocabulary)
 
 
-def _place(model: _Model, file_type: FileType, split_size: int | None) -> list[PlacedTensor]:
+def _place(model: _Model, file_type: FileType, split_size: int | None, isolated: Isolated) -> list[PlacedTensor]:
     """Ask llama.cpp for the type and order of the tensors, of the types that it would quantize from."""
     # llama.cpp leaves a few matrices in the type they come in: who asks for F32 gets F32
     carrier = quantize.F32 if file_type.name == "F32" else _carrier(model.checkpoint)
@@ -213,9 +218,8 @@ def _place(model: _Model, file_type: FileType, split_size: int | None) -> list[P
     unquantized = in_order(PlacedTensor(plan, carriers[name], carriers[name]) for name, plan in plans.items())
     keys = _metadata(unquantized, model, 0, None)
     model.hparams.refuse_unread((*model.family.ignored, *model.ignored_fields))
-    sources = {name: plan.weights.name for name, plan in plans.items()}
     with _storable(model):
-        types = choose_types(unquantized, keys, file_type, sources)
+        types = choose_types(model.checkpoint.path, unquantized, keys, file_type, isolated)
     return in_order(
         (PlacedTensor(plans[name], _kept_or(kind, plans[name]), carriers[name]) for name, kind in types.items()),
         split_size,

@@ -19,9 +19,10 @@ from gguf.constants import GGUFValueType
 from numpy.typing import NDArray
 
 from convert import quantize
-from convert.check import check_forward_pass
+from convert.check import check_apart, check_forward_pass
 from convert.file_types import DEFAULT, FileType
 from convert.gguf_writer import TypedValue
+from convert.isolated import Isolated, isolation
 from convert.output import check_outputs, whole_files
 from convert.pipeline import PlacedTensor, available_cores, write_tensors
 from convert.placement import (
@@ -74,19 +75,20 @@ def convert_gguf(
     threads = threads or available_cores()
     check_outputs(part_paths(output, (), split_size), 0, force=force)
     progress("planning", 0, 1)
-    plan = plan_gguf(source, file_type, requantize=requantize, split_size=split_size)
-    paths = part_paths(output, plan.tensors, split_size)
-    with whole_files(paths, data_bytes(plan.tensors), force=force) as partials:
-        write_headers(plan, partials)
-        starts = [len(header) for header in plan.headers]
+    with isolation("convert.check", "convert.quantize") as isolated:
+        plan = _plan(source, file_type, requantize, split_size, isolated)
+        paths = part_paths(output, plan.tensors, split_size)
+        with whole_files(paths, data_bytes(plan.tensors), force=force) as partials:
+            write_headers(plan, partials)
+            starts = [len(header) for header in plan.headers]
 
-        def encoded(n_weights: int) -> None:
-            progress("encoding", plan.source_bytes * n_weights // plan.n_weights, plan.source_bytes)
+            def encoded(n_weights: int) -> None:
+                progress("encoding", plan.source_bytes * n_weights // plan.n_weights, plan.source_bytes)
 
-        write_tensors(plan.tensors, partials, data_start=lambda wait: starts, threads=threads, progress=encoded)
-        if check:
-            progress("checking", plan.source_bytes, plan.source_bytes)
-            check_forward_pass(partials[0], threads=threads)
+            write_tensors(plan.tensors, partials, data_start=lambda wait: starts, threads=threads, progress=encoded)
+            if check:
+                progress("checking", plan.source_bytes, plan.source_bytes)
+                check_apart(isolated, check_forward_pass, partials[0], threads)
     return ConversionReport(paths[0], tuple(paths), plan, time.monotonic() - started, check)
 
 
@@ -98,6 +100,11 @@ def plan_gguf(
     A quantized tensor whose type would change is refused unless `requantize`. Raises ModelFileError, TensorError,
     UnsupportedError, ConversionFailed, UsageError.
     """
+    with isolation("convert.quantize") as isolated:
+        return _plan(source, file_type, requantize, split_size, isolated)
+
+
+def _plan(source: Path, file_type: FileType, requantize: bool, split_size: int | None, isolated: Isolated) -> FilePlan:
     check_model_file(source)
     parts = read_parts(source)
     raw = raw_metadata(source)
@@ -106,7 +113,7 @@ def plan_gguf(
     held = in_order(tensor.placed(tensor.kind) for tensor in tensors.values())
     if not held:
         raise TensorError(f"{printable(source)} has no tensors", hint="It holds a vocabulary alone, or an adapter.")
-    types = choose_types(held, metadata, file_type, {name: name for name in tensors})
+    types = choose_types(source, held, metadata, file_type, isolated)
     if types.keys() != tensors.keys():
         raise TensorError(f"llama.cpp reads other tensor names than {printable(source)} has")
     for name, kind in types.items():

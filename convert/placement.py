@@ -13,9 +13,10 @@ from gguf.constants import GGUFValueType
 from convert import quantize
 from convert.file_types import FileType
 from convert.gguf_writer import TensorEntry, TypedValue, header_bytes, padded
+from convert.isolated import HINT, Ended, Isolated
 from convert.output import translated
 from convert.pipeline import PlacedTensor
-from models.errors import UsageError
+from models.errors import ConversionFailed, UsageError
 from models.gguf_parts import MAX_PARTS, part_name
 from models.text import human_bytes, printable
 
@@ -84,16 +85,23 @@ class ConversionReport:
 
 
 def choose_types(
-    tensors: Sequence[PlacedTensor], metadata: Metadata, file_type: FileType, sources: Mapping[str, str]
+    source: Path, tensors: Sequence[PlacedTensor], metadata: Metadata, file_type: FileType, isolated: Isolated
 ) -> dict[str, quantize.TensorType]:
     """Let llama.cpp look the model over, and name the type of each tensor in the order in which it writes them.
 
-    It is asked on a hollow file of `tensors` in the types that it would quantize from. `sources`: GGUF name -> name
-    in the source. Raises TensorError, UnsupportedError, ConversionFailed.
+    It is asked on a hollow file of `tensors` in the types that it would quantize from. Raises TensorError,
+    UnsupportedError, ConversionFailed.
     """
-    with quantize.hollow_file(part_headers(tensors, metadata)[0], sum(data_bytes(tensors))) as hollow:
-        quantize.check_structure(hollow, sources)
-        return quantize.choose_tensor_types(hollow, file_type, len(tensors))
+    names = {tensor.plan.name: tensor.plan.weights.name for tensor in tensors}
+    header = part_headers(tensors, metadata)[0]
+    try:
+        return isolated.call(quantize.look_over, header, sum(data_bytes(tensors)), file_type, names)
+    except Ended as ended:
+        raise ConversionFailed(
+            f"llama.cpp cannot make a model of {printable(source)}: {ended}",
+            hint=HINT,
+            path=source,
+        ) from None
 
 
 def in_order(tensors: Iterable[PlacedTensor], split_size: int | None = None) -> list[PlacedTensor]:

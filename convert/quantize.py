@@ -6,7 +6,7 @@ import ctypes
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -45,6 +45,10 @@ class TensorType:
     def row_bytes(self, row_length: int) -> int:
         return row_length // self.block * self.nbytes
 
+    def __reduce__(self) -> tuple[Callable[[str], TensorType], tuple[str]]:
+        """There is one object of each, in another process too."""
+        return tensor_type, (self.name,)
+
 
 _BY_NAME = {name: TensorType(id, name, block, nbytes) for id, (name, block, nbytes) in TENSOR_TYPES.items()}
 F32, F16, BF16 = _BY_NAME["F32"], _BY_NAME["F16"], _BY_NAME["BF16"]
@@ -74,6 +78,15 @@ def hollow_file(header: bytes, data_bytes: int) -> Iterator[Path]:
             file.write(header)
             file.truncate(len(header) + data_bytes)
         yield path
+
+
+def look_over(
+    header: bytes, data_bytes: int, file_type: FileType, source_names: Mapping[str, str]
+) -> dict[str, TensorType]:
+    """`check_structure` and `choose_tensor_types` of a hollow file."""
+    with hollow_file(header, data_bytes) as hollow:
+        check_structure(hollow, source_names)
+        return choose_tensor_types(hollow, file_type, len(source_names))
 
 
 def choose_tensor_types(hollow: Path, file_type: FileType, n_tensors: int) -> dict[str, TensorType]:
