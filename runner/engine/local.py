@@ -29,7 +29,8 @@ from runner.engine.protocol import (
     ModelInfo,
     Sampling,
 )
-from runner.engine.sampler import Sampler, recommended_sampling
+from runner.engine.recommended import recommended_sampling
+from runner.engine.sampler import Sampler
 from runner.engine.text_stream import TextStream
 from runner.prompt import PromptEncoder
 
@@ -126,7 +127,7 @@ class LocalEngine:
             raise GenerationError("a reply is still being generated")
         context = self._context
         context.clear_abort()
-        sampler = Sampler(sampling, self._vocabulary.n_tokens, tokens)
+        sampler = Sampler(sampling, self._vocabulary, tokens)
         stream = TextStream()
         started = time.perf_counter()
         cached = generated = 0
