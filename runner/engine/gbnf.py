@@ -57,7 +57,9 @@ def check_grammar(text: str) -> None:
         raise _refused("it has no rule `root`")
     nullable = _least(rules, lambda item, known: item in known)
     ends = _least(rules, lambda item, known: item is None or item in known)
-    if "root" not in ends and all(name in rules for sequences in rules.values() for row in sequences for name in row if name):
+    if "root" not in ends and all(
+        name in rules for sequences in rules.values() for row in sequences for name in row if name
+    ):
         raise _refused("no text is ever complete by its rule `root`")
     if name := _grows(rules, nullable):
         raise _refused(f"left recursion: rule {name!r} comes back to itself before any character")

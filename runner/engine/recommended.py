@@ -86,7 +86,9 @@ def check_sampling(sampling: Sampling) -> None:
             )
     for name in sampling.samplers:
         if name not in SAMPLERS:
-            raise UsageError(f"there is no sampler {name!r}", hint=f"There are {', '.join(SAMPLERS)}", option="samplers")
+            raise UsageError(
+                f"there is no sampler {name!r}", hint=f"There are {', '.join(SAMPLERS)}", option="samplers"
+            )
     if any(not text for text in sampling.stop):
         raise UsageError("an empty stop text would end every reply before it begins", option="stop")
 
