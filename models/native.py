@@ -189,6 +189,11 @@ class Vocabulary:
         if (self.add_bos and self.bos is None) or (self.add_eos and self.eos is None):
             raise LoadError("the model asks for a beginning or end mark that its vocabulary does not have")
 
+    @property
+    def pointer(self) -> Any:
+        """The `llama_vocab *`."""
+        return self._pointer
+
     def _id(self, token: int) -> int | None:
         return token if 0 <= token < self.n_tokens else None
 

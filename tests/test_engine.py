@@ -16,7 +16,6 @@ from models.gguf_file import read_gguf
 from runner.engine import loading, memory, threads
 from runner.engine.local import LocalEngine, load
 from runner.engine.protocol import GenerationChunk, LoadOptions, Message, Sampling
-from runner.engine.sampler import recommended_sampling
 from runner.engine.text_stream import TextStream
 from runner.engine.text_stream import text_of as text_of_bytes
 from runner.session import ChatSession
@@ -296,11 +295,3 @@ def test_a_stream_never_shows_half_a_character(text: str, cuts: list[int]) -> No
 def test_a_stream_marks_bytes_that_are_no_character() -> None:
     assert text_of_bytes("语".encode()[:2]) == ""  # a reply cut short inside a character ends before it
     assert text_of_bytes(b"a\xffb") == "a\ufffdb"
-
-
-def test_recommended_sampling_is_read_defensively() -> None:
-    keys = {"temp": "0.699999988", "top_k": "20", "top_p": "0.8", "min_p": "0", "penalty_repeat": "1.05"}
-    metadata = {f"general.sampling.{key}": value for key, value in keys.items()}
-    assert recommended_sampling(metadata) == Sampling(0.7, 20, 0.8, 0.0, 1.05)
-    for garbage in ("nan", "inf", "-3", "x", ""):
-        assert recommended_sampling(dict.fromkeys(metadata, garbage)) == Sampling()

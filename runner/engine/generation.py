@@ -60,7 +60,7 @@ def reply(
         context.extend(tokens[held:], {*request.marks, len(tokens) - 1})
         return held
 
-    with closing(Sampler(sampling, vocabulary.n_tokens, tokens)) as sampler:
+    with closing(Sampler(sampling, vocabulary, tokens)) as sampler:
         steps = Steps(context, sampler, speculation, run)
         began = time.perf_counter()
         try:
@@ -123,7 +123,9 @@ class Steps:
         """The next token."""
 
         def work() -> int:
-            self._context.logits(self._row)
+            logits = self._context.logits(self._row)
+            if self._sampler.is_plain:
+                return int(logits.argmax())
             return self._sampler.sample(self._context.pointer, self._row)
 
         token: int = self._run(work, direct=True)

@@ -26,7 +26,7 @@ from runner.engine.generation import Request, reply
 from runner.engine.loading import Loaded, load_file
 from runner.engine.normalize import nfc, normalizes
 from runner.engine.protocol import GenerationChunk, LoadOptions, LoadProgress, Message, ModelInfo, Sampling
-from runner.engine.sampler import recommended_sampling
+from runner.engine.recommended import recommended_sampling
 from runner.engine.state_files import WORTH_STORING
 from runner.prompt import PromptEncoder
 

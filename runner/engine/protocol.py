@@ -24,9 +24,16 @@ class Message:
     tokens: tuple[int, ...] = ()
 
 
+SAMPLERS = ("penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature")
+"""llama.cpp's samplers by llama.cpp's names, in its order."""
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is picked. A temperature of 0 is greedy and repeatable."""
+    """How the next token is picked, and when a reply ends. A temperature of 0 is greedy and repeatable.
+
+    The defaults are llama.cpp's. What each number may be: `runner.engine.recommended.LIMITS`.
+    """
 
     temperature: float = 0.8
     top_k: int = 40
@@ -34,7 +41,35 @@ class Sampling:
     min_p: float = 0.05
     repeat_penalty: float = 1.0
     seed: int | None = None
+    """The same seed gives the same reply; None is another one each time."""
     max_tokens: int | None = None
+    penalty_last_n: int = 64
+    """Tokens that the three penalties look back on."""
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    dry_multiplier: float = 0.0
+    """0 turns DRY off: it makes a token less likely the longer the repetition that it would continue."""
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_last_n: int = 64
+    dry_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
+    top_n_sigma: float = 0.0
+    typical_p: float = 1.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    dynatemp_range: float = 0.0
+    dynatemp_exponent: float = 1.0
+    mirostat: int = 0
+    """1 or 2: mirostat in place of everything between the logit bias and the temperature, as llama.cpp has it."""
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    samplers: tuple[str, ...] = SAMPLERS
+    grammar: str | None = None
+    """GBNF. Only what it allows is picked, and the reply ends where it does."""
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    """With each token its log probability and those of this many best ones; None: not even its own."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +93,14 @@ class GenerationStats:
 
 
 @dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural logarithms of what the model gave a token and the best ones, before any sampler; best first."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class GenerationChunk:
     """A piece of a reply.
 
@@ -69,6 +112,7 @@ class GenerationChunk:
     token: int | None
     stats: GenerationStats = field(default_factory=GenerationStats)
     finish_reason: FinishReason | None = None
+    logprobs: TokenLogprobs | None = None
 
 
 @dataclass(frozen=True)
@@ -153,13 +197,15 @@ class LoadOptions:
     """Lay weights out anew where the CPU computes faster so: more private memory, other rounding."""
     verbose: bool = False
     kv_types: tuple[str, str] = ("f16", "f16")
-    """What the numbers of the KV cache are kept as: K, V. See `runner.engine.loading.KV_TYPES`."""
+    """What the numbers of the KV cache are kept as: K, V. See `runner.placement.KV_TYPES`."""
     when_busy: Literal["refuse", "wait"] = "refuse"
     """What happens to who wants a reply while another is generated."""
     cache: int | None = None
     """Bytes of disk for what was computed of long prompts; 0 for none."""
     speculate: bool = True
     """Guess tokens from the context and check several at once, where that is quicker."""
+    loras: tuple[tuple[Path, float], ...] = ()
+    """LoRA adapters in GGUF form, each with what its part is multiplied by."""
 
 
 LoadProgress = Callable[[float], None]
