@@ -107,6 +107,8 @@ def test_run_json_has_the_documented_fields(
         "prompt_tokens",
         "cached_tokens",
         "generated_tokens",
+        "drafted_tokens",
+        "accepted_tokens",
         "load_seconds",
         "prefill_seconds",
         "generate_seconds",

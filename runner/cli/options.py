@@ -7,10 +7,32 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from runner.engine.protocol import LoadOptions, Sampling
 
+_KV = "f16, bf16, f32, q8_0, q5_1, q5_0, q4_1, q4_0, iq4_nl"
+_NUMBERS = {
+    "repeat_penalty": "make tokens that came before less likely (1: off)",
+    "frequency_penalty": "the same, the more often they came (0: off)",
+    "presence_penalty": "the same, however often they came (0: off)",
+    "penalty_last_n": "tokens that the penalties look back on (64)",
+    "dry_multiplier": "make tokens that would repeat a passage less likely (0: off)",
+    "dry_base": "how steeply that grows with the passage (1.75)",
+    "dry_allowed_length": "tokens of repetition that are free (2)",
+    "dry_last_n": "tokens that are looked back on for it (64)",
+    "top_n_sigma": "of those within N deviations of the best (0: off)",
+    "typical_p": "of those of typical surprise that make up N together (1: off)",
+    "xtc_probability": "how often the likeliest are left out (0: off)",
+    "xtc_threshold": "those above it, but the last (0.1)",
+    "dynatemp_range": "let the temperature vary by so much with how sure the model is (0: off)",
+    "dynatemp_exponent": "and how (1)",
+    "mirostat": "1 or 2: keep the surprise even, in place of top-k and its kin (0: off)",
+    "mirostat_tau": "the surprise it aims at (5)",
+    "mirostat_eta": "how fast it learns (0.1)",
+}
+"""Of `Sampling`, what is set by a number alone."""
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -32,6 +54,21 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
         "-j", "--threads", type=integer(1), metavar="N", help="threads to compute with (default: physical cores)"
     )
     group.add_argument(
+        "--kv-type", type=kv_types, metavar="TYPE[,TYPE]", default=("f16", "f16"), help=f"K and V of the cache: {_KV}"
+    )
+    group.add_argument(
+        "--lora",
+        type=lora,
+        action="append",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="an adapter; may be repeated",
+    )
+    group.add_argument(
+        "--cache", type=cache_size, metavar="SIZE|off", help="disk for what was computed of long prompts (default 4G)"
+    )
+    group.add_argument("--no-speculate", action="store_true", help="never guess tokens from the context")
+    group.add_argument(
         "--parse-special", action="store_true", help="let special tokens in what you type be special (unsafe)"
     )
 
@@ -44,8 +81,15 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--min-p", type=number(0, 1), metavar="P", help="of those at least P times as likely as the best"
     )
-    group.add_argument("--seed", type=integer(0, 2**32 - 1), metavar="N", help="the same seed gives the same reply")
+    group.add_argument("--seed", type=integer(0, 2**32 - 2), metavar="N", help="the same seed gives the same reply")
     group.add_argument("--max-tokens", type=integer(1), metavar="N", help="end a reply after N tokens")
+    for name, text in _NUMBERS.items():
+        option = f"--{name.replace('_', '-')}"
+        group.add_argument(option, type=_limited(name), metavar="N", help=text)
+    group.add_argument("--logit-bias", type=logit_bias, action="append", metavar="TOKEN=BIAS", help="id and bias")
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end the reply before this; may be repeated")
+    group.add_argument("--grammar", type=Path, metavar="FILE", help="GBNF that the reply must follow")
+    group.add_argument("--json-schema", type=Path, metavar="FILE", help="JSON schema that the reply must follow")
     parser.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
 
 
@@ -57,13 +101,25 @@ def load_options(args: argparse.Namespace) -> LoadOptions:
         vram=args.vram,
         parse_special=args.parse_special,
         verbose=args.verbose,
+        kv_types=args.kv_type,
+        loras=tuple(args.lora),
+        cache=args.cache,
+        speculate=not args.no_speculate,
     )
 
 
 def sampling(args: argparse.Namespace, recommended: Sampling) -> Sampling:
     """What the person set, and for the rest what the model recommends."""
-    names = ("temperature", "top_k", "top_p", "min_p", "seed", "max_tokens")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    names = ("temperature", "top_k", "top_p", "min_p", "seed", "max_tokens", *_NUMBERS)
+    given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.logit_bias:
+        given["logit_bias"] = tuple(args.logit_bias)
+    if args.stop:
+        given["stop"] = tuple(args.stop)
+    if args.grammar or args.json_schema:
+        from runner.engine.grammar import grammar_from_files
+
+        given["grammar"] = grammar_from_files(args.grammar, args.json_schema)
     return replace(recommended, **given)
 
 
@@ -95,6 +151,49 @@ def number(lowest: float, highest: float) -> Callable[[str], float]:
         return value
 
     return parse
+
+
+def _limited(name: str) -> Callable[[str], float]:
+    """An argparse type: a number within the limits of a field of `Sampling`."""
+
+    def parse(text: str) -> float:
+        from runner.engine.recommended import INTEGERS, LIMITS
+
+        low, high = LIMITS[name]
+        return integer(int(low), int(high))(text) if name in INTEGERS else number(low, high)(text)
+
+    return parse
+
+
+def logit_bias(text: str) -> tuple[int, float]:
+    """An argparse type: `TOKEN=BIAS`, such as `1234=-5`."""
+    token, found, bias = text.partition("=")
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is no TOKEN=BIAS")
+    return integer(0)(token), number(-100, 100)(bias)
+
+
+def kv_types(text: str) -> tuple[str, str]:
+    """An argparse type: the type of the KV cache, or those of K and V apart: `q8_0`, `q8_0,q4_0`."""
+    k, _, v = text.lower().partition(",")
+    for kind in (k, v or k):
+        if kind not in _KV.split(", "):
+            raise argparse.ArgumentTypeError(f"{kind!r} is none of {_KV}")
+    return k, v or k
+
+
+def lora(text: str) -> tuple[Path, float]:
+    """An argparse type: an adapter and perhaps its scale: `style.gguf`, `style.gguf:0.5`."""
+    path, _, scale = text.rpartition(":")
+    try:
+        return (Path(path), float(scale)) if path else (Path(text), 1.0)
+    except ValueError:  # a colon in the name
+        return Path(text), 1.0
+
+
+def cache_size(text: str) -> int:
+    """An argparse type: bytes, or `off`."""
+    return 0 if text.lower() == "off" else size(text)
 
 
 def size(text: str) -> int:

@@ -4,7 +4,9 @@ What is piped in is appended to the prompt. A model without a chat template is a
 Into a pipe the reply goes as the model gave it; to a terminal, without what a terminal would obey.
 
 --json prints one object instead: text, finish_reason (stop, length or cancelled), prompt_tokens, cached_tokens,
-generated_tokens, load_seconds, prefill_seconds, generate_seconds, gpu_layers, device.
+generated_tokens, drafted_tokens (guessed from the context and checked together), accepted_tokens (of those, how many
+came out right), load_seconds, prefill_seconds, generate_seconds, gpu_layers, device; with --logprobs also logprobs,
+for each token an object of token (its id), logprob, and top (a list of the same).
 """
 
 from __future__ import annotations
@@ -13,11 +15,12 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 from models.errors import UsageError
 from runner.chat.render import TerminalFilter, json_line
 from runner.cli.loading import loaded_engine
-from runner.cli.options import add_load_options, add_output_options, add_sampling_options, sampling
+from runner.cli.options import add_load_options, add_output_options, add_sampling_options, integer, sampling
 from runner.engine.protocol import Engine, GenerationChunk, GenerationStats, Message, ModelInfo
 
 HELP = "one reply on stdout"
@@ -29,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model", metavar="MODEL", help="a GGUF file, a library name, owner/name[:TYPE] or a checkpoint"
     )
     parser.add_argument("prompt", nargs="*", metavar="PROMPT", help="what to answer; also read from a pipe")
+    parser.add_argument(
+        "--logprobs", type=integer(0, 20), metavar="N", help="with --json: each token's log probability and the N best"
+    )
     add_sampling_options(parser)
     add_load_options(parser)
     add_output_options(parser)
@@ -67,7 +73,7 @@ def _prompt(words: list[str]) -> str:
 
 
 def _reply(engine: Engine, prompt: str, args: argparse.Namespace) -> Iterator[GenerationChunk]:
-    settings = sampling(args, engine.default_sampling)
+    settings = replace(sampling(args, engine.default_sampling), logprobs=args.logprobs)
     if not engine.has_chat_template:
         if args.system and not args.quiet:
             print("note: a base model has no system prompt; --system is left out", file=sys.stderr)
@@ -96,10 +102,14 @@ def _stream(chunks: Iterator[GenerationChunk]) -> GenerationChunk:
 
 def _collect(chunks: Iterator[GenerationChunk], info: ModelInfo) -> GenerationChunk:
     last = GenerationChunk("", None)
-    pieces = []
+    pieces, logprobs = [], []
     for last in chunks:
         pieces.append(last.text)
-    print(json_line(report("".join(pieces), last, info)))
+        if last.logprobs is not None:
+            top = [{"token": token, "logprob": value} for token, value in last.logprobs.top]
+            logprobs.append({"token": last.token, "logprob": last.logprobs.logprob, "top": top})
+    facts = report("".join(pieces), last, info)
+    print(json_line(facts | {"logprobs": logprobs} if logprobs else facts))
     return last
 
 
@@ -112,6 +122,8 @@ def report(text: str, last: GenerationChunk, info: ModelInfo) -> dict[str, objec
         "prompt_tokens": stats.prompt_tokens,
         "cached_tokens": stats.cached_tokens,
         "generated_tokens": stats.generated_tokens,
+        "drafted_tokens": stats.drafted_tokens,
+        "accepted_tokens": stats.accepted_tokens,
         "load_seconds": round(info.load_seconds, 6),
         "prefill_seconds": round(stats.prefill_seconds, 6),
         "generate_seconds": round(stats.generate_seconds, 6),

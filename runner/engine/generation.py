@@ -10,9 +10,11 @@ from typing import Any, Protocol
 
 from models.native import Vocabulary
 from runner.engine.context import Cancelled, Context
-from runner.engine.protocol import FinishReason, GenerationChunk, GenerationStats, Sampling
+from runner.engine.logprobs import token_logprobs
+from runner.engine.protocol import FinishReason, GenerationChunk, GenerationStats, Sampling, TokenLogprobs
 from runner.engine.sampler import Sampler
 from runner.engine.speculation import Draft, Speculation
+from runner.engine.stops import StopFilter
 from runner.engine.text_stream import TextStream
 
 DIRECT_BELOW = 0.15
@@ -53,7 +55,7 @@ def reply(
     tokens, sampling = request.tokens, request.sampling
     stats = GenerationStats(prompt_tokens=len(tokens))
     finish: FinishReason = "stop"
-    stream = TextStream()
+    stream, stops = TextStream(), StopFilter(sampling.stop)
 
     def prefill() -> int:
         held = recall(tokens)
@@ -61,7 +63,7 @@ def reply(
         return held
 
     with closing(Sampler(sampling, vocabulary, tokens)) as sampler:
-        steps = Steps(context, sampler, speculation, run)
+        steps = Steps(context, sampler, speculation, run, sampling.logprobs)
         began = time.perf_counter()
         try:
             cached = run(prefill, direct=False)
@@ -74,8 +76,11 @@ def reply(
                 if vocabulary.is_eog(token):
                     break
                 stats = replace(stats, generated_tokens=stats.generated_tokens + 1)
-                yield GenerationChunk(stream.feed(vocabulary.piece(token)), token, stats)
+                text = stops.feed(stream.feed(vocabulary.piece(token)))
+                yield GenerationChunk(text, token, stats, logprobs=steps.logprobs)
                 began = time.perf_counter()
+                if stops.stopped:
+                    break
                 if context.abort_requested:
                     raise Cancelled
                 left = None if sampling.max_tokens is None else sampling.max_tokens - stats.generated_tokens
@@ -88,7 +93,7 @@ def reply(
         except Cancelled:
             finish = "cancelled"
         steps.settle()
-        yield GenerationChunk("", None, stats, finish)
+        yield GenerationChunk(stops.flush(), None, stats, finish)
 
 
 def _since(began: float) -> float:
@@ -98,8 +103,13 @@ def _since(began: float) -> float:
 class Steps:
     """Picks tokens, and computes what follows them: one at a time, or with drafted ones that may turn out right."""
 
-    def __init__(self, context: Context, sampler: Sampler, speculation: Speculation | None, run: Run) -> None:
+    def __init__(
+        self, context: Context, sampler: Sampler, speculation: Speculation | None, run: Run, n_logprobs: int | None
+    ) -> None:
         self._context, self._sampler, self._run = context, sampler, run
+        self._n_logprobs = n_logprobs
+        self.logprobs: TokenLogprobs | None = None
+        """Of the token picked last, where they are asked for."""
         self._speculation = speculation
         self._draft = Draft()
         self._right = 0
@@ -125,8 +135,12 @@ class Steps:
         def work() -> int:
             logits = self._context.logits(self._row)
             if self._sampler.is_plain:
-                return int(logits.argmax())
-            return self._sampler.sample(self._context.pointer, self._row)
+                token = int(logits.argmax())
+            else:
+                token = self._sampler.sample(self._context.pointer, self._row)
+            if self._n_logprobs is not None:
+                self.logprobs = token_logprobs(logits, token, self._n_logprobs)
+            return token
 
         token: int = self._run(work, direct=True)
         if self._speculation is not None:

@@ -16,6 +16,7 @@ from models.library import home
 from models.native import Vocabulary
 from models.text import human_bytes
 from runner import devices, placement
+from runner.engine.adapters import apply_adapters
 from runner.engine.context import Context, ContextOptions, Memory
 from runner.engine.lookup import Lookup
 from runner.engine.memory import available_memory
@@ -94,7 +95,7 @@ def load_file(path: Path, options: LoadOptions, progress: LoadProgress | None) -
     remaining = placement.fewer_layers(layers)
     while True:
         try:
-            model, context = _attempt(path, layers, settings, options.repack, progress)
+            model, context = _attempt(path, layers, settings, options, progress)
             break
         except LoadError as error:
             fewer = next(remaining, None)
@@ -155,7 +156,11 @@ def _states(path: Path, options: LoadOptions, settings: ContextOptions) -> State
     if limit == 0:
         return None
     facts = (settings.type_k, settings.type_v, settings.whole_window, options.repack, version("llama-cpp-python"))
-    return StateFiles(home() / "states", lambda: model_key(path, facts), limit)
+
+    def key() -> str:
+        return model_key(path, [*facts, *((model_key(lora, ()), scale) for lora, scale in options.loras)])
+
+    return StateFiles(home() / "states", key, limit)
 
 
 def _speculation(options: LoadOptions, context: Context, gpu_layers: int) -> Speculation | None:
@@ -198,14 +203,14 @@ def _affordable(memory: int, per_token: int) -> int:
 
 
 def _attempt(
-    path: Path, gpu_layers: int, settings: ContextOptions, repack: bool, progress: LoadProgress | None
+    path: Path, gpu_layers: int, settings: ContextOptions, options: LoadOptions, progress: LoadProgress | None
 ) -> tuple[Any, Context]:
     """One try. Raises LoadError; nothing stays in memory then."""
     lib = native.library()
     params = lib.llama_model_default_params() if gpu_layers else native.cpu_model_params()
     params.n_gpu_layers = gpu_layers
     params.load_mode = lib.LLAMA_LOAD_MODE_AUTO
-    params.use_extra_bufts = repack and not _computes_with_amx()
+    params.use_extra_bufts = options.repack and not _computes_with_amx()
     stopped = False
     failure: list[BaseException] = []
 
@@ -228,7 +233,13 @@ def _attempt(
         try:
             if lib.llama_model_has_encoder(model) or not lib.llama_model_has_decoder(model):
                 raise LoadError(f"{path.name} is no model that continues text (it has an encoder)", path=path)
-            return model, Context(model, settings)
+            context = Context(model, settings)
+            try:
+                apply_adapters(model, context.pointer, options.loras)
+            except BaseException:
+                context.close()
+                raise
+            return model, context
         except BaseException:
             lib.llama_model_free(model)
             raise
