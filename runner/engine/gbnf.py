@@ -103,7 +103,7 @@ def _rules(text: str) -> Mapping[str, list[_Sequence]] | None:
         if kind == "literal":
             row.extend([None] * (len(piece) > 2))
         elif kind == "chars" or piece == ".":
-            row.append(None)
+            row.extend([None] * (piece not in ("[]", "[^]")))  # llama.cpp takes these for nothing at all
         elif kind == "name":
             row.append(piece)
         elif piece == "|":
