@@ -62,8 +62,8 @@ def reply(
         context.extend(tokens[held:], {*request.marks, len(tokens) - 1})
         return held
 
-    with closing(Sampler(sampling, vocabulary, tokens)) as sampler:
-        steps = Steps(context, sampler, speculation, run, sampling.logprobs)
+    with closing(run(lambda: Sampler(sampling, vocabulary, tokens), direct=True)) as sampler:
+        steps = Steps(context, vocabulary, sampler, speculation, run, sampling.logprobs)
         began = time.perf_counter()
         try:
             cached = run(prefill, direct=False)
@@ -71,12 +71,12 @@ def reply(
             steps.begin(tokens)
             began = time.perf_counter()
             while True:
-                token = steps.pick()
+                token, piece = steps.pick()
                 stats = steps.counted(replace(stats, generate_seconds=stats.generate_seconds + _since(began)))
-                if vocabulary.is_eog(token):
+                if piece is None:
                     break
                 stats = replace(stats, generated_tokens=stats.generated_tokens + 1)
-                text = stops.feed(stream.feed(vocabulary.piece(token)))
+                text = stops.feed(stream.feed(piece))
                 yield GenerationChunk(text, token, stats, logprobs=steps.logprobs)
                 began = time.perf_counter()
                 if stops.stopped:
@@ -104,9 +104,15 @@ class Steps:
     """Picks tokens, and computes what follows them: one at a time, or with drafted ones that may turn out right."""
 
     def __init__(
-        self, context: Context, sampler: Sampler, speculation: Speculation | None, run: Run, n_logprobs: int | None
+        self,
+        context: Context,
+        vocabulary: Vocabulary,
+        sampler: Sampler,
+        speculation: Speculation | None,
+        run: Run,
+        n_logprobs: int | None,
     ) -> None:
-        self._context, self._sampler, self._run = context, sampler, run
+        self._context, self._vocabulary, self._sampler, self._run = context, vocabulary, sampler, run
         self._n_logprobs = n_logprobs
         self.logprobs: TokenLogprobs | None = None
         """Of the token picked last, where they are asked for."""
@@ -129,23 +135,22 @@ class Steps:
     def counted(self, stats: GenerationStats) -> GenerationStats:
         return replace(stats, drafted_tokens=self._drafted, accepted_tokens=self._accepted)
 
-    def pick(self) -> int:
-        """The next token."""
-
-        def work() -> int:
-            logits = self._context.logits(self._row)
-            if self._sampler.is_plain:
-                token = int(logits.argmax())
-            else:
-                token = self._sampler.sample(self._context.pointer, self._row)
-            if self._n_logprobs is not None:
-                self.logprobs = token_logprobs(logits, token, self._n_logprobs)
-            return token
-
-        token: int = self._run(work, direct=True)
+    def pick(self) -> tuple[int, bytes | None]:
+        """The next token, and its bytes: None for one that ends the reply."""
+        token, piece = self._run(self._pick, direct=True)
         if self._speculation is not None:
             self._speculation.add(token)
-        return token
+        return token, piece
+
+    def _pick(self) -> tuple[int, bytes | None]:
+        logits = self._context.logits(self._row)
+        if self._sampler.is_plain:
+            token = int(logits.argmax())
+        else:
+            token = self._sampler.sample(self._context.pointer, self._row)
+        if self._n_logprobs is not None:
+            self.logprobs = token_logprobs(logits, token, self._n_logprobs)
+        return token, None if self._vocabulary.is_eog(token) else self._vocabulary.piece(token)
 
     def compute(self, token: int, left: int | None) -> None:
         """Make the logits of what follows `token` ready; at most `left` more are wanted. Raises Cancelled."""
