@@ -69,17 +69,20 @@ def read_model(path: Path) -> GgufFile:
 
     The offset of a tensor is that in its own part.
     """
-    parts = read_parts(path)
+    return _joined(read_parts(path))
+
+
+def _joined(parts: tuple[GgufFile, ...]) -> GgufFile:
     tensors = tuple(tensor for part in parts for tensor in part.tensors)
     return replace(parts[0], size=sum(part.size for part in parts), tensors=tensors)
 
 
-def check_model_file(path: Path) -> None:
-    """Raise ModelFileError unless `path` is a whole GGUF model, or the first of all its parts.
+def check_model_file(path: Path) -> GgufFile:
+    """`read_model` of what llama.cpp can load. Raises ModelFileError.
 
     Some values with which llama.cpp ends the process are refused; others it still does not survive.
     """
-    gguf = read_parts(path)[0]
+    gguf = read_model(path)
     if "general.architecture" not in gguf.metadata:
         raise ModelFileError(
             f"{printable(path)} is a GGUF file that names no architecture, so it is no model",
@@ -96,6 +99,7 @@ def check_model_file(path: Path) -> None:
                 hint="Download or convert the file again.",
                 path=path,
             )
+    return gguf
 
 
 def _fail(path: Path, what: str) -> NoReturn:

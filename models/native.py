@@ -250,7 +250,9 @@ class Vocabulary:
         Control and unknown tokens are found with `parse_special` only, user-defined ones always.
         """
         wanted = ATTR_CONTROL | ATTR_UNKNOWN | ATTR_USER_DEFINED
-        return {self.text(token): token for token in range(self.n_tokens) if self.attributes(token) & wanted}
+        # every id is within the vocabulary, and there may be a quarter of a million
+        attributes, pointer = self._lib.llama_vocab_get_attr, self._pointer
+        return {self.text(token): token for token in range(self.n_tokens) if attributes(pointer, token) & wanted}
 
 
 @contextmanager

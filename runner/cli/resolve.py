@@ -27,12 +27,11 @@ DEFAULT_FILE_TYPE = "Q4_K_M"
 
 
 def resolve_model(text: str | None, quiet: bool = False) -> Path:
-    """The whole GGUF file that `text` stands for; it may be fetched or converted first. Raises HandmillError."""
+    """The GGUF file that `text` stands for; it may be fetched or converted first. Raises HandmillError."""
     path = _model_here(text)
     if path is None:
         assert text is not None
         path = _from_checkpoint(Path(text), None, quiet) if Path(text).is_dir() else _from_hub(text, quiet)
-    check_model_file(path)
     return path
 
 

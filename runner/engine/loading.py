@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from models import native
 from models.errors import LoadError, UsageError
 from models.gguf_file import GgufFile
-from models.gguf_parts import check_model_file, read_model
+from models.gguf_parts import check_model_file
 from models.library import home
 from models.native import Vocabulary
 from models.text import human_bytes
@@ -62,8 +61,7 @@ def load_file(path: Path, options: LoadOptions, progress: LoadProgress | None) -
     Ctrl-C is heard while it loads, and stops it.
     """
     started = time.perf_counter()
-    check_model_file(path)
-    gguf = read_model(path)
+    gguf = check_model_file(path)
     spare = _spare_memory(gguf)
     n_ctx, notes = choose_context(gguf, options)
     threads = options.threads or default_threads()
@@ -155,10 +153,13 @@ def _states(path: Path, options: LoadOptions, settings: ContextOptions) -> State
     limit = DEFAULT_LIMIT if options.cache is None else options.cache
     if limit == 0:
         return None
-    facts = (settings.type_k, settings.type_v, settings.whole_window, options.repack, version("llama-cpp-python"))
+    facts = (settings.type_k, settings.type_v, settings.whole_window, options.repack)
 
     def key() -> str:
-        return model_key(path, [*facts, *((model_key(lora, ()), scale) for lora, scale in options.loras)])
+        from importlib.metadata import version
+
+        release = version("llama-cpp-python")
+        return model_key(path, [release, *facts, *((model_key(lora, ()), scale) for lora, scale in options.loras)])
 
     return StateFiles(home() / "states", key, limit)
 
