@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runner.engine import loading
+from models.errors import HandmillError
+from runner.engine import draft_model, loading
 from runner.engine.local import LocalEngine, load
 from runner.engine.lookup import Lookup
 from runner.engine.protocol import LoadOptions, Message, Sampling
@@ -76,6 +77,27 @@ class Always:
 
     def draft(self, most: int) -> Draft:
         return Draft([7] * most, [0] * most)
+
+    def close(self) -> None: ...
+
+
+class Dear(Always):
+    """Guesses that cost as much as they spare, and are counted."""
+
+    seconds_each = 1.0
+    asked = 0
+
+    def draft(self, most: int) -> Draft:
+        self.asked += 1
+        return super().draft(most)
+
+
+def test_guesses_that_cost_time_are_asked_for_ever_more_rarely() -> None:
+    dear = Dear()
+    speculation = Speculation(dear, BatchSeconds(slope=0.1))
+    speculation.learn(Draft(), 0, 0.01)
+    assert not any(speculation.draft(8).tokens for _ in range(1000))
+    assert dear.asked < 25
 
 
 def test_nothing_is_drafted_before_a_plain_step_was_measured_nor_where_it_does_not_pay() -> None:
@@ -200,3 +222,32 @@ def test_a_reply_that_ends_within_a_draft(tmp_path: Path, monkeypatch: pytest.Mo
             next(reply)
         del reply  # in the middle of a draft, perhaps
         assert ids(engine, prompt, sampling, speculate=True)[0] == whole
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_draft_model_changes_nothing_but_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is its own draft model here: greedily, all that it guesses is right."""
+    monkeypatch.setattr(draft_model, "_LIMITS", (0.0, 0.6, 0.8, 0.95))  # random weights are sure of nothing
+    path = write_model("dense", tmp_path)
+    options = replace(OPTIONS, kv_types=("f32", "f32"))
+    sampling = Sampling(temperature=0.0, max_tokens=60)
+    with load(path, options) as engine, load(path, replace(options, draft=path)) as drafted:
+        prompt = [5, 9, 7, 8, 12, 30]
+        plain, _ = ids(engine, prompt, sampling, speculate=False)
+        ours, accepted = ids(drafted, prompt, sampling, speculate=True)
+        assert ours == plain
+        assert accepted > 10
+        warm = replace(sampling, temperature=1.0, seed=1)
+        assert ids(drafted, prompt, warm, speculate=True)[0][:5] == ids(engine, prompt, warm, speculate=False)[0][:5]
+
+
+def test_what_cannot_draft_is_a_named_error(tmp_path: Path, starter_model: Path) -> None:
+    dense, recurrent = write_model("dense", tmp_path), write_model("recurrent", tmp_path)
+    for model, draft, said in (
+        (starter_model, dense, "vocabularies differ"),
+        (dense, recurrent, "recurrent"),
+        (recurrent, dense, "recurrent"),
+        (dense, tmp_path / "missing.gguf", "missing"),
+    ):
+        with pytest.raises(HandmillError, match=said):
+            load(model, replace(OPTIONS, draft=draft))

@@ -67,6 +67,7 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--cache", type=cache_size, metavar="SIZE|off", help="disk for what was computed of long prompts (default 4G)"
     )
+    group.add_argument("--draft", type=Path, metavar="FILE", help="a smaller model, of the same tokens, that guesses")
     group.add_argument("--no-speculate", action="store_true", help="never guess tokens from the context")
     group.add_argument(
         "--parse-special", action="store_true", help="let special tokens in what you type be special (unsafe)"
@@ -105,6 +106,7 @@ def load_options(args: argparse.Namespace) -> LoadOptions:
         loras=tuple(args.lora),
         cache=args.cache,
         speculate=not args.no_speculate,
+        draft=args.draft,
     )
 
 

@@ -17,6 +17,7 @@ from models.text import human_bytes
 from runner import devices, placement
 from runner.engine.adapters import apply_adapters
 from runner.engine.context import Context, ContextOptions, Memory
+from runner.engine.draft_model import DraftModel
 from runner.engine.lookup import Lookup
 from runner.engine.memory import available_memory
 from runner.engine.protocol import LoadOptions, LoadProgress
@@ -105,6 +106,7 @@ def load_file(path: Path, options: LoadOptions, progress: LoadProgress | None) -
     try:
         vocabulary = Vocabulary(native.library().llama_model_get_vocab(model))
         metadata = native.model_metadata(model)
+        speculation = _speculation(options, context, vocabulary, layers)
     except BaseException:
         context.close()
         native.library().llama_model_free(model)
@@ -122,7 +124,7 @@ def load_file(path: Path, options: LoadOptions, progress: LoadProgress | None) -
         notes=tuple(notes),
         branch_bytes=_BRANCH_BYTES_UNKNOWN if spare is None else min(_MOST_BRANCH_BYTES, spare // _SPARE_SHARE),
         states=_states(path, options, settings),
-        speculation=_speculation(options, context, layers),
+        speculation=speculation,
     )
 
 
@@ -164,11 +166,33 @@ def _states(path: Path, options: LoadOptions, settings: ContextOptions) -> State
     return StateFiles(home() / "states", key, limit)
 
 
-def _speculation(options: LoadOptions, context: Context, gpu_layers: int) -> Speculation | None:
-    """Guessing from the context, where a guess that was wrong can be taken back."""
-    if not options.speculate or context.memory is Memory.STATE:
+def _speculation(
+    options: LoadOptions, context: Context, vocabulary: Vocabulary, gpu_layers: int
+) -> Speculation | None:
+    """Guessing what comes next, where a guess that was wrong can be taken back."""
+    if context.memory is Memory.STATE:
+        if options.draft is not None:
+            raise LoadError("--draft is for models whose memory can be cut, and this one is recurrent")
         return None
-    return Speculation(Lookup(), BatchSeconds(_BATCH_SLOPE_GPU if gpu_layers else _BATCH_SLOPE_CPU))
+    seconds = BatchSeconds(_BATCH_SLOPE_GPU if gpu_layers else _BATCH_SLOPE_CPU)
+    if options.draft is None:
+        return Speculation(Lookup(), seconds) if options.speculate else None
+    small = LoadOptions(
+        context=context.n_ctx,
+        gpu_layers="all" if gpu_layers else 0,
+        threads=options.threads,
+        cache=0,
+        speculate=False,
+        repack=options.repack,
+    )
+    loaded = load_file(options.draft, small, None)
+    try:
+        drafter = DraftModel(options.draft.name, loaded.model, loaded.context, loaded.vocabulary, vocabulary)
+    except BaseException:
+        loaded.context.close()
+        native.library().llama_model_free(loaded.model)
+        raise
+    return Speculation(drafter, seconds)
 
 
 def choose_context(gguf: GgufFile, options: LoadOptions) -> tuple[int, list[str]]:

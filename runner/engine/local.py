@@ -253,6 +253,8 @@ def _free(loaded: Loaded, worker: ThreadPoolExecutor) -> None:
     loaded.context.abort()
     worker.shutdown(wait=False)
     loaded.context.close()
+    if loaded.speculation is not None:
+        loaded.speculation.drafter.close()
     native.library().llama_model_free(loaded.model)
 
 

@@ -53,6 +53,8 @@ class Lookup:
         guessed = tokens[place : place + most]
         return Draft(guessed, [_kind(length + i) for i in range(len(guessed))])
 
+    def close(self) -> None: ...
+
     def _match(self, place: int) -> int:
         tokens, end = self._tokens, len(self._tokens)
         length = 2

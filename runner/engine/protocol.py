@@ -204,6 +204,8 @@ class LoadOptions:
     """Bytes of disk for what was computed of long prompts; 0 for none."""
     speculate: bool = True
     """Guess tokens from the context and check several at once, where that is quicker."""
+    draft: Path | None = None
+    """A smaller model of the same vocabulary that guesses instead."""
     loras: tuple[tuple[Path, float], ...] = ()
     """LoRA adapters in GGUF form, each with what its part is multiplied by."""
 

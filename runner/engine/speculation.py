@@ -16,6 +16,7 @@ from runner.engine.context import MOST_OUTPUTS
 MOST_DRAFTED = MOST_OUTPUTS - 1
 WORTH = 1.05
 """How many times plain generation a draft must promise: what is measured is noisy."""
+_LONGEST_PAUSE = 64
 _NEW_SECONDS, _NEW_CHANCE = 0.25, 0.06
 """The weight of a new measurement against those before."""
 
@@ -50,6 +51,8 @@ class Drafter(Protocol):
         ...
 
     def draft(self, most: int) -> Draft: ...
+
+    def close(self) -> None: ...
 
 
 class BatchSeconds:
@@ -95,9 +98,9 @@ class Speculation:
 
     drafter: Drafter
     seconds: BatchSeconds
-    drafted: int = 0
-    accepted: int = 0
     _chances: Chances = field(init=False)
+    _pause: int = 0
+    _waits: int = 0
     _unused: Draft = field(default_factory=Draft)
 
     def __post_init__(self) -> None:
@@ -105,13 +108,20 @@ class Speculation:
 
     def begin(self, tokens: Sequence[int]) -> None:
         self.drafter.begin(tokens)
-        self.drafted = self.accepted = 0
         self._unused = Draft()
+        self._pause = self._waits = 0
 
     def draft(self, most: int) -> Draft:
         """Tokens to compute after the one that is certain; often none."""
-        draft = self.drafter.draft(min(most, MOST_DRAFTED))
+        if self._waits:
+            self._waits -= 1
+            return Draft()
+        draft = self.drafter.draft(min(most, MOST_DRAFTED, self._worth_asking_for()))
         n = self._best_length(draft)
+        if self.drafter.seconds_each:
+            # To be told what is not worth computing costs time too: it is asked for ever more rarely.
+            self._pause = 0 if n else min(max(2 * self._pause, 1), _LONGEST_PAUSE)
+            self._waits = self._pause
         self._unused = draft if n == 0 else Draft()
         return Draft(draft.tokens[:n], draft.kinds[:n])
 
@@ -120,8 +130,6 @@ class Speculation:
         self.seconds.learn(1 + len(draft.tokens), seconds)
         for i, kind in enumerate(draft.kinds[: accepted + 1]):
             self._chances.learn(kind, i < accepted)
-        self.drafted += len(draft.tokens)
-        self.accepted += accepted
 
     def add(self, token: int) -> None:
         """`token` came next. What was drafted and not computed is judged by it, which costs nothing."""
@@ -129,6 +137,13 @@ class Speculation:
             self._chances.learn(self._unused.kinds[0], self._unused.tokens[0] == token)
             self._unused = Draft()
         self.drafter.add(token)
+
+    def _worth_asking_for(self) -> int:
+        """How many guesses pay if all are of the surest kind."""
+        if not self.drafter.seconds_each:
+            return MOST_DRAFTED
+        surest = len(self._chances.values) - 1
+        return max(self._best_length(Draft([0] * MOST_DRAFTED, [surest] * MOST_DRAFTED)), 1)
 
     def _best_length(self, draft: Draft) -> int:
         one = self.seconds.of(1)
