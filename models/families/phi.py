@@ -41,6 +41,9 @@ PHI2 = ModelFamily(
 )
 
 
+# The code beside Phi-4-mini knows two more fields, and what to do with other values of them it does not say
+_PHI4_MINI = {"full_attn_mod": (None, 1), "interpolate_factor": (None, 1)}
+
 # transformers, Phi3Config; llama.cpp does not look at its window: equal up to it, and a note says so
 PHI3 = ModelFamily(
     architectures=("Phi3ForCausalLM",),
@@ -51,6 +54,7 @@ PHI3 = ModelFamily(
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
     },
+    requires=_PHI4_MINI,
     keys={
         **NO_SCALING,
         "attention.key_length": absent,

@@ -15,9 +15,16 @@ STABLELM = ModelFamily(
         "partial_rotary_factor": 0.25,
         "use_parallel_residual": False,
     },
+    requires={
+        "num_heads": lambda hparams: (None, hparams.n_heads),
+        "rotary_scaling_factor": (None, 1, 1.0),
+    },
     keys={
         "attention.key_length": absent,
         "attention.value_length": absent,
+        "attention.layer_norm_epsilon": lambda hparams: hparams.number(
+            "norm_eps" if hparams.has("norm_eps") else "layer_norm_eps"
+        ),
         "rope.dimension_count": rotary_dim,
         "rope.freq_base": other_theta(10000.0),
         "use_parallel_residual": flag("use_parallel_residual"),
