@@ -278,6 +278,31 @@ CASES: Mapping[str, Case] = {
         seed=2,
         edit=spelt(ff_factor=4, ffn_hidden_size=256, rope_theta=500042.0),
     ),
+    "llama4-hub": Case(
+        "Llama4ForCausalLM",
+        {"num_local_experts": 4, "interleave_moe_layer_step": 2, "intermediate_size_mlp": 96, "num_hidden_layers": 5},
+        edit=spelt(
+            attn_temperature_tuning=True,
+            floor_scale=8192,
+            for_llm_compressor=False,
+            no_rope_layers=[],
+            rope_theta=500000.0,
+        ),
+    ),
+    "falcon-mamba": Case(
+        "FalconMambaForCausalLM",
+        {"state_size": 16, "intermediate_size": 128, "mixer_rms_eps": 1e-5},
+        edit=spelt(rescale_prenorm_residual=False, time_step_rank=4, use_falcon_mambapy=False),
+    ),
+    "ernie4_5-first-name": Case("Ernie4_5_ForCausalLM", tokenizer="sentencepiece", model_class="Ernie4_5ForCausalLM"),
+    "llama-first-name": Case(
+        "LLaMAForCausalLM",
+        {"max_position_embeddings": 256},
+        tokenizer="sentencepiece",
+        model_class="LlamaForCausalLM",
+        edit=spelt(max_sequence_length=256),
+    ),
+    "mpt-transformers": Case("MptForCausalLM", {"max_seq_len": 256, "n_heads": 4}),
     "mamba-hub": Case(
         "MambaForCausalLM",
         {"state_size": 16, "intermediate_size": 128},
@@ -321,8 +346,9 @@ CASES: Mapping[str, Case] = {
         ),
     ),
     "lfm2-hub": Case(
-        "Lfm2ForCausalLM",
+        "LFM2ForCausalLM",
         {"num_hidden_layers": 4, "layer_types": ["conv", "conv", "full_attention", "conv"], "block_multiple_of": 32},
+        model_class="Lfm2ForCausalLM",
         edit=spelt(
             block_dim=64,
             block_ff_dim=128,

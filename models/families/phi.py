@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from models.errors import UnsupportedError
 from models.families import ModelFamily
 from models.families import vocabulary as rules
 from models.families.keys import (
@@ -12,6 +13,7 @@ from models.families.keys import (
     rotary_dim,
     trained_context,
 )
+from models.hparams import Hparams
 
 # transformers, PhiConfig; llama.cpp expects a feed-forward network of four times the width, and heads without groups
 PHI2 = ModelFamily(
@@ -69,6 +71,21 @@ PHI3 = ModelFamily(
     ignored=("sliding_window",),
 )
 
+
+def _turned_by(hparams: Hparams) -> float | None:
+    """What sine and cosine are multiplied by: its scaling says so itself, for short texts and long ones."""
+    rope = hparams.rope
+    if rope.type != "longrope" or not rope.has("long_mscale"):
+        return longrope_attention_factor(hparams)
+    short, long = rope.number("short_mscale"), rope.number("long_mscale")
+    if short != long:
+        raise UnsupportedError(
+            f"config.json: 'short_mscale' is {short:g} and 'long_mscale' {long:g}: llama.cpp knows one for all texts",
+            field="short_mscale",
+        )
+    return long
+
+
 # transformers, PhimoeConfig
 PHI_MOE = replace(
     PHI3,
@@ -82,6 +99,7 @@ PHI_MOE = replace(
         "num_experts": 16,
         "num_experts_per_tok": 2,
     },
+    keys={**PHI3.keys, "rope.scaling.attn_factor": _turned_by},
     ignored=(*PHI3.ignored, "input_jitter_noise", "router_jitter_noise"),
     note=lambda hparams: (
         "llama.cpp weighs the experts of Phi-MoE otherwise than it was trained (sparsemixer): answers may differ"
