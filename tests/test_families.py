@@ -119,6 +119,20 @@ def test_numbers_that_make_no_model_are_refused(architecture: str, key: str, fie
         {**COMMON, **family.keys}[key](family.hparams({**config, **fields}))
 
 
+def phi_moe(short: float, long: float) -> dict[str, object]:
+    scaling = {**longrope(64), "short_mscale": short, "long_mscale": long}
+    return {"max_position_embeddings": 256, "rope_scaling": scaling}
+
+
+def test_phi_moe_says_itself_what_its_rope_is_multiplied_by() -> None:
+    family = family_of("PhiMoEForCausalLM")
+    factor = family.keys["rope.scaling.attn_factor"]
+    assert factor(family.hparams(phi_moe(1.25, 1.25))) == 1.25
+    assert factor(family.hparams({"max_position_embeddings": 256})) is None
+    with pytest.raises(UnsupportedError, match="'short_mscale' is 1 and 'long_mscale' 1.25"):
+        factor(family.hparams(phi_moe(1.0, 1.25)))
+
+
 def test_two_families_may_not_claim_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models.families, "__path__", [*models.families.__path__, str(tmp_path)])
     (tmp_path / "other.py").write_text("")
