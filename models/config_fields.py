@@ -56,6 +56,7 @@ _CANONICAL = {spelling: name for name, spellings in ALIASES.items() for spelling
 _INERT = """
     _* architectures auto_map model_type *version *dtype name_or_path custom_pipelines tokenizer_class tokenizer_type
     quantization_config
+    neftune* *model_max_length
     *token_id *token_ids *token_index *_token prefix task_specific_params finetuning_task problem_type unsloth*
     is_decoder is_encoder_decoder add_cross_attention cross_attention_* chunk_size_feed_forward tie_encoder_decoder
     id2label label2id num_labels return_dict* output_attentions output_hidden_states output_scores output_router_logits

@@ -129,7 +129,7 @@ def test_phi_moe_says_itself_what_its_rope_is_multiplied_by() -> None:
     factor = family.keys["rope.scaling.attn_factor"]
     assert factor(family.hparams(phi_moe(1.25, 1.25))) == 1.25
     assert factor(family.hparams({"max_position_embeddings": 256})) is None
-    with pytest.raises(UnsupportedError, match="'short_mscale' is 1 and 'long_mscale' 1.25"):
+    with pytest.raises(UnsupportedError, match=r"'short_mscale' is 1 and 'long_mscale' 1\.25"):
         factor(family.hparams(phi_moe(1.0, 1.25)))
 
 
