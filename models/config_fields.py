@@ -16,15 +16,16 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
     "intermediate_size": ("n_inner", "ffn_hidden_size", "ffn_dim"),
     "num_attention_heads": ("n_head", "n_heads"),
-    "num_key_value_heads": ("n_kv_heads", "num_kv_heads"),
+    "num_key_value_heads": ("n_kv_heads", "num_kv_heads", "n_head_kv"),
     "rms_norm_eps": ("norm_eps",),
     "layer_norm_eps": ("layer_norm_epsilon", "norm_epsilon"),
     "rope_theta": ("rotary_emb_base", "global_rope_theta", "rope_global_theta"),
     "rope_local_theta": ("local_rope_theta", "rope_local_base_freq", "swa_rope_theta"),
-    "partial_rotary_factor": ("rope_pct", "rotary_pct"),
+    "partial_rotary_factor": ("rope_pct", "rotary_pct", "rope_percent", "rope_percentage", "rotary_percentage"),
     "hidden_act": ("hidden_activation", "activation_function"),
     "num_experts": ("num_local_experts", "n_routed_experts", "moe_num_experts"),
     "num_experts_per_tok": ("num_experts_per_token", "top_k_experts", "moe_k", "moe_topk"),
+    "tie_word_embeddings": ("tie_embedding",),
     "scoring_func": ("score_function", "score_func", "moe_router_activation_func"),
 }
 
@@ -55,17 +56,18 @@ _CANONICAL = {spelling: name for name, spellings in ALIASES.items() for spelling
 _INERT = """
     _* architectures auto_map model_type *version *dtype name_or_path custom_pipelines tokenizer_class tokenizer_type
     quantization_config
+    neftune* *model_max_length
     *token_id *token_ids *token_index *_token prefix task_specific_params finetuning_task problem_type unsloth*
     is_decoder is_encoder_decoder add_cross_attention cross_attention_* chunk_size_feed_forward tie_encoder_decoder
     id2label label2id num_labels return_dict* output_attentions output_hidden_states output_scores output_router_logits
-    torchscript pruned_heads use_bfloat16 tf_legacy_loss summary_* use_cache* cache_implementation *flash_attn*
+    torchscript pruned_heads use_bfloat16 tf_legacy_loss summary_* use_cache* cache_implementation *flash_att*
     attn_implementation fused_* use_mambapy *dropout* *pdrop initializer* *_init* init_* rescale_prenorm_residual
     *aux_loss* router_z_loss* *jitter* gradient_checkpointing *loss_* *_loss z_loss* training_* train_* bf16 fp16 fp32
     do_sample temperature top_k top_p typical_p repetition_penalty length_penalty *no_repeat_ngram_size max_length
     min_length max_new_tokens num_beams num_beam_groups diversity_penalty early_stopping num_return_sequences
     bad_words_ids remove_invalid_values exponential_decay_length_penalty *suppress_tokens forced_* sep_token*
     decoder_start* transformers.js_config
-    *_bias use_*bias bias no_bias tie_word_embeddings
+    *_bias use_*bias bias no_bias tie_word_embeddings tie_embedding
     vision_* image_* video_* audio_* mm_* multimodal_* projector_* visual* *_image_* spatial_merge_size
 """.split()  # noqa: SIM905 - a word a line would fill pages
 _INERT_NAME = re.compile("|".join(fnmatch.translate(pattern) for pattern in _INERT))

@@ -126,6 +126,11 @@ class Hparams:
             raise CheckpointError(f"config.json: a head of {dim:,} rows is out of range", field="head_dim")
         return dim
 
+    def _divides_evenly(self, head_dim: object) -> bool:
+        """Whether the width of a head is what it is where nobody asks for it."""
+        heads = self.get("num_attention_heads")
+        return type(head_dim) is int and type(heads) is int and head_dim * heads == self.get("hidden_size")
+
     def _divided_head_dim(self) -> int:
         hidden = self.integer("hidden_size")
         if hidden % self.n_heads:
@@ -167,7 +172,7 @@ class Hparams:
         for name, value in self._fields.items():
             if name in self._read or name in ignored or name in _SUB_CONFIGS or is_inert(name):
                 continue
-            if not is_neutral(name, value):
+            if not is_neutral(name, value) and not (name == "head_dim" and self._divides_evenly(value)):
                 raise _refused(name, value)
         partial = self.rope.partial
         if partial != 1 and "rotary_part" not in self._read and "partial_rotary_factor" not in ignored:

@@ -69,6 +69,11 @@ DIFFERENCES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             ),
         },
         "falcon-40b": {"falcon.context_length": _CONTEXT},
+        "falcon-40b-oldest": {"falcon.context_length": _CONTEXT},
+        "falcon2-11b": {
+            "falcon.context_length": _CONTEXT,
+            "falcon.rope.freq_base": "theirs leaves it out, and llama.cpp takes 10,000",
+        },
         "glm": {
             "chatglm.context_length": _CONTEXT,
             "chatglm.attention.layer_norm_rms_epsilon": "theirs reads it under ChatGLM's name, and writes the default",
@@ -91,6 +96,7 @@ PEER_FAILS: Mapping[str, str] = MappingProxyType(
         "cohere2-transformers-5": f"no rotary_pct: {_FROM_AUTO_CONFIG}",
         "deepseek3-transformers-5": "no scoring_func: softmax instead of sigmoid",
         "falcon-7b": "transformers counts as many key heads as queries, and the rows do not divide so",
+        "falcon-7b-hub": "takes as many key heads as queries from the config, which the rows are not divided into",
         "falcon-h1-transformers-5": "no head_dim",
         "gemma3n-transformers-5": "llama.cpp wants keys and values of layers that share those of others",
         "glm4-moe-lite-transformers-5": "no first_k_dense_replace and no scoring_func",
@@ -109,7 +115,9 @@ PEER_FAILS: Mapping[str, str] = MappingProxyType(
         "minicpm3-stretched": "does not say how long the context was before its rope was scaled",
         "mpt-groups": f"wants queries with a key each: {_FROM_AUTO_CONFIG}",
         "mpt-multi-query": "as many key heads as queries",
+        "mpt-transformers": "knows the architecture by the name of the code beside the checkpoints alone",
         "nemotron-h": f"a dense model is taken for a mixture: {_FROM_AUTO_CONFIG}",
+        "nemotron-h-hub": f"a dense model is taken for a mixture: {_FROM_AUTO_CONFIG}",
         "nemotron-h-transformers-5": f"a dense model is taken for a mixture: {_FROM_AUTO_CONFIG}",
         "stablelm-12b": "the norms of the heads are stacked and dropped",
     }

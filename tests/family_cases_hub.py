@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from tests.checkpoints import Json
-from tests.family_cases_dense import LLAMA3, sliding
+from tests.family_cases_dense import LLAMA3, longrope, partial, sliding
+from tests.family_cases_recurrent import NEMOTRON_H
 from tests.family_checkpoints import Case, Refusal
 
 
@@ -255,9 +256,150 @@ CASES: Mapping[str, Case] = {
         ),
         rename=("^transformer\\.", ""),
     ),
+    "falcon-7b-hub": Case(
+        "FalconForCausalLM",
+        edit=spelt(activation="gelu", ffn_hidden_size=256, num_kv_heads=4, num_ln_in_parallel_attn=None),
+    ),
+    "falcon-40b-oldest": Case(
+        "RWForCausalLM",
+        {"new_decoder_architecture": True, "num_kv_heads": 2},
+        model_class="FalconForCausalLM",
+        seed=2,
+        edit=spelt(n_head_kv=2, apply_residual_connection_post_layernorm=False),
+    ),
+    "falcon2-11b": Case(
+        "FalconForCausalLM",
+        {
+            "new_decoder_architecture": True,
+            "num_kv_heads": 2,
+            "num_ln_in_parallel_attn": 1,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500042.0},
+        },
+        seed=2,
+        edit=spelt(ff_factor=4, ffn_hidden_size=256, rope_theta=500042.0),
+    ),
+    "llama4-hub": Case(
+        "Llama4ForCausalLM",
+        {"num_local_experts": 4, "interleave_moe_layer_step": 2, "intermediate_size_mlp": 96, "num_hidden_layers": 5},
+        edit=spelt(
+            attn_temperature_tuning=True,
+            floor_scale=8192,
+            for_llm_compressor=False,
+            no_rope_layers=[],
+            rope_theta=500000.0,
+        ),
+    ),
+    "falcon-mamba": Case(
+        "FalconMambaForCausalLM",
+        {"state_size": 16, "intermediate_size": 128, "mixer_rms_eps": 1e-5},
+        edit=spelt(rescale_prenorm_residual=False, time_step_rank=4, use_falcon_mambapy=False),
+    ),
+    "ernie4_5-first-name": Case("Ernie4_5_ForCausalLM", tokenizer="sentencepiece", model_class="Ernie4_5ForCausalLM"),
+    "llama-first-name": Case(
+        "LLaMAForCausalLM",
+        {"max_position_embeddings": 256},
+        tokenizer="sentencepiece",
+        model_class="LlamaForCausalLM",
+        edit=spelt(max_sequence_length=256),
+    ),
+    "mpt-transformers": Case("MptForCausalLM", {"max_seq_len": 256, "n_heads": 4}),
+    "mamba-hub": Case(
+        "MambaForCausalLM",
+        {"state_size": 16, "intermediate_size": 128},
+        edit=spelt(
+            d_inner=128,
+            d_model=64,
+            fused_add_norm=True,
+            n_layer=3,
+            pad_vocab_size_multiple=8,
+            rms_norm=True,
+            ssm_cfg={},
+        ),
+    ),
+    "mamba2-hub": Case(
+        "Mamba2ForCausalLM",
+        {"state_size": 16, "head_dim": 16, "num_heads": 8, "n_groups": 2},
+        edit=spelt(intermediate_size=128, norm_before_gate=True, time_step_rank=256, use_mem_eff_path=True),
+    ),
+    "nemotron-h-hub": Case(
+        "NemotronHForCausalLM",
+        {**NEMOTRON_H, "layers_block_type": ["mamba", "mlp", "attention", "mlp", "mamba"]},
+        edit=spelt(attention_head_dim=32, hybrid_override_pattern="M-*-M", num_hidden_layers=5, rms_norm_eps=1e-5),
+    ),
+    "nemotron-hub": Case(
+        "NemotronForCausalLM",
+        {"rope_parameters": partial(0.5), "head_dim": 16},
+        tokenizer="sentencepiece",
+        edit=spelt(kv_channels=16, rope_theta=10000, partial_rotary_factor=0.5, rope_percent=0.5),
+    ),
+    "cohere-hub": Case(
+        "CohereForCausalLM",
+        {"logit_scale": 0.5, "rope_parameters": {"rope_type": "default", "rope_theta": 8000000.0}},
+        edit=spelt(model_max_length=512, pretraining_tp=1, rope_theta=8000000.0),
+    ),
+    "gemma2-hub": Case(
+        "Gemma2ForCausalLM",
+        {"sliding_window": 24, "num_hidden_layers": 4, "query_pre_attn_scalar": 32},
+        tokenizer="gemma",
+        edit=spelt(
+            cache_implementation="hybrid", hidden_act="gelu_pytorch_tanh", rope_theta=10000.0, sliding_window_size=24
+        ),
+    ),
+    "lfm2-hub": Case(
+        "LFM2ForCausalLM",
+        {"num_hidden_layers": 4, "layer_types": ["conv", "conv", "full_attention", "conv"], "block_multiple_of": 32},
+        model_class="Lfm2ForCausalLM",
+        edit=spelt(
+            block_dim=64,
+            block_ff_dim=128,
+            block_use_swiglu=True,
+            conv_dim=64,
+            conv_dim_out=64,
+            full_attn_idxs=[2],
+            num_heads=4,
+            rope_theta=1000000.0,
+            theta=1000000.0,
+            tie_embedding=True,
+            use_pos_enc=True,
+        ),
+    ),
+    "phi4-mini-hub": Case(
+        "Phi3ForCausalLM",
+        {
+            "rope_parameters": longrope(6) | {"partial_rotary_factor": 0.75},
+            "original_max_position_embeddings": 64,
+            "tie_word_embeddings": True,
+        },
+        tokenizer="phi4",
+        edit=lambda config: config.update(full_attn_mod=1, interpolate_factor=1, lm_head_bias=False, mlp_bias=False),
+    ),
+    "smollm3-hub": Case(
+        "SmolLM3ForCausalLM",
+        {"num_hidden_layers": 5, "rope_parameters": {"rope_type": "default", "rope_theta": 5000000.0}},
+        edit=spelt(
+            max_window_layers=28,
+            rope_scaling=None,
+            rope_theta=5000000.0,
+            sliding_window=None,
+            use_sliding_window=False,
+        ),
+    ),
+    "stablelm-epoch": Case(
+        "StableLMEpochForCausalLM",
+        {"rope_parameters": partial(0.25)},
+        model_class="StableLmForCausalLM",
+        edit=spelt(norm_eps=1e-5, num_heads=4, rope_pct=0.25, rope_theta=10000, rotary_scaling_factor=1.0),
+    ),
+    "starcoder": Case("GPTBigCodeForCausalLM", {"activation_function": "gelu"}),
 }
 
 REFUSED: Mapping[str, Refusal] = {
+    "falcon-alibi": Refusal(Case("FalconForCausalLM", {"alibi": True}), "alibi"),
+    "falcon-wide": Refusal(Case("FalconForCausalLM", edit=spelt(ff_factor=8)), "ff_factor"),
+    "mamba-wide": Refusal(Case("MambaForCausalLM", {"state_size": 16}, edit=spelt(d_inner=256)), "d_inner"),
+    "phi4-mini-interpolated": Refusal(
+        Case("Phi3ForCausalLM", tokenizer="phi4", edit=spelt(interpolate_factor=2)), "interpolate_factor"
+    ),
     "gpt2-scaled-by-layer": Refusal(
         Case("GPT2LMHeadModel", {"scale_attn_by_inverse_layer_idx": True}), "scale_attn_by_inverse_layer_idx"
     ),

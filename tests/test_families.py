@@ -18,6 +18,7 @@ import models.families
 from models.errors import CheckpointError, UnsupportedError
 from models.families import ModelFamily, family_of, registry
 from models.families.keys import COMMON
+from tests.family_cases import CASES
 
 
 @pytest.mark.parametrize(
@@ -71,6 +72,30 @@ def test_sparse_attention_is_said_to_be_computed_as_dense() -> None:
     assert "up to 8192 tokens" in note
 
 
+WITHOUT_CASE = {
+    "Gemma3nForConditionalGeneration": "its text part is that of Gemma3nForCausalLM",
+    "OLMoForCausalLM": "transformers has it as OlmoForCausalLM",
+    "PhimoeForCausalLM": "transformers' name of PhiMoEForCausalLM",
+}
+
+FAMILIES = """
+    apertus baichuan bloom chatglm cohere2 command-r deepseek deepseek2 ernie4_5 ernie4_5-moe exaone4 falcon falcon-h1
+    gemma gemma2 gemma3 gemma3n gemma4 glm4 glm4moe gpt-oss gpt2 gptneox granite granitehybrid granitemoe hunyuan-dense
+    internlm2 lfm2 lfm2moe llama llama4 mamba mamba2 minicpm mistral3 mpt nemotron nemotron_h olmo olmo2 olmoe orion
+    phi2 phi3 phimoe qwen qwen2 qwen2moe qwen3 qwen35 qwen35moe qwen3moe qwen3next seed_oss smollm3 stablelm starcoder
+    starcoder2 xverse
+""".split()  # noqa: SIM905
+"""llama.cpp's names of what people run."""
+
+
+def test_every_architecture_has_a_case_against_transformers() -> None:
+    assert registry().keys() - {case.architecture for case in CASES.values()} == set(WITHOUT_CASE)
+
+
+def test_what_people_run_is_there() -> None:
+    assert set(FAMILIES) <= {family.gguf_arch for family in registry().values()}
+
+
 def longrope(trained: float) -> dict[str, object]:
     return {"type": "longrope", "original_max_position_embeddings": trained}
 
@@ -92,6 +117,20 @@ def test_numbers_that_make_no_model_are_refused(architecture: str, key: str, fie
     family = family_of(architecture)
     with pytest.raises(CheckpointError, match=r"config\.json"):
         {**COMMON, **family.keys}[key](family.hparams({**config, **fields}))
+
+
+def phi_moe(short: float, long: float) -> dict[str, object]:
+    scaling = {**longrope(64), "short_mscale": short, "long_mscale": long}
+    return {"max_position_embeddings": 256, "rope_scaling": scaling}
+
+
+def test_phi_moe_says_itself_what_its_rope_is_multiplied_by() -> None:
+    family = family_of("PhiMoEForCausalLM")
+    factor = family.keys["rope.scaling.attn_factor"]
+    assert factor(family.hparams(phi_moe(1.25, 1.25))) == 1.25
+    assert factor(family.hparams({"max_position_embeddings": 256})) is None
+    with pytest.raises(UnsupportedError, match=r"'short_mscale' is 1 and 'long_mscale' 1\.25"):
+        factor(family.hparams(phi_moe(1.0, 1.25)))
 
 
 def test_two_families_may_not_claim_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

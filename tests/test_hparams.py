@@ -197,6 +197,12 @@ def test_a_field_that_is_read_in_another_spelling_passes() -> None:
     read(fields).refuse_unread()
 
 
+def test_a_head_that_is_as_wide_as_it_would_be_anyway_passes() -> None:
+    read(hparams(head_dim=16)).refuse_unread()
+    with pytest.raises(UnsupportedError, match="'head_dim' is 32"):
+        read(hparams(head_dim=32)).refuse_unread()
+
+
 def test_a_field_may_be_ignored_by_name() -> None:
     read(hparams(an_option_of_tomorrow=3)).refuse_unread(["an_option_of_tomorrow"])
 

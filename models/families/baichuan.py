@@ -59,7 +59,7 @@ BAICHUAN = ModelFamily(
         _OUTPUT,
         change(r"lm_head\.weight", _unit_rows),
     ),
-    ignored=("model_max_length", "position_embedding", "user_token_id", "assistant_token_id"),
+    ignored=("position_embedding", "user_token_id", "assistant_token_id"),
 )
 
 # The code beside its checkpoints

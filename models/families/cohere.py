@@ -2,6 +2,7 @@
 
 from models.families import ModelFamily
 from models.families.keys import fixed, integer, number, rotary_dim, sliding_pattern
+from models.hparams import Hparams
 
 _DEFAULTS = {
     "layer_norm_eps": 1e-5,
@@ -10,6 +11,13 @@ _DEFAULTS = {
     "logit_scale": 0.0625,
 }
 
+
+def _context(hparams: Hparams) -> int:
+    """The first model says 8,192, and how much more it has been made for in the field of a tokenizer."""
+    usual = hparams.integer("max_position_embeddings")
+    return hparams.integer("model_max_length") if hparams.has("model_max_length") else usual
+
+
 # transformers, CohereConfig; llama.cpp looks for norms of queries and keys in the models of 64 blocks only
 COHERE = ModelFamily(
     architectures=("CohereForCausalLM",),
@@ -17,9 +25,7 @@ COHERE = ModelFamily(
     defaults={**_DEFAULTS, "rope_theta": 500000.0},
     requires={"use_qk_norm": lambda hparams: (None, False, True) if hparams.n_layers >= 64 else (None, False)},
     keys={
-        "context_length": lambda hparams: hparams.integer(
-            "model_max_length" if hparams.has("model_max_length") else "max_position_embeddings"
-        ),
+        "context_length": _context,
         "logit_scale": number("logit_scale"),
         "rope.scaling.type": fixed("none"),
     },

@@ -26,7 +26,7 @@ ERNIE4_5 = ModelFamily(
         "head_dim": 128,
         "tie_word_embeddings": True,
     },
-    requires={"use_bias": (None, False)},
+    requires={"use_bias": (None, False), "compression_ratio": (None, 1, 1.0)},
     passes=(
         rename(r"ernie\.(.*)", r"model.\1"),
         split(r"(.*\.self_attn)\.qkv_proj\.weight", _parts),

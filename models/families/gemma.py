@@ -50,7 +50,11 @@ GEMMA2 = replace(
         "sliding_window": 4096,
         "query_pre_attn_scalar": 256,
     },
-    requires={**GEMMA.requires, **_attention_scales(46)},
+    requires={
+        **GEMMA.requires,
+        **_attention_scales(46),
+        "sliding_window_size": lambda hparams: (None, hparams.get("sliding_window")),
+    },
     keys={
         **GEMMA.keys,
         "attn_logit_softcapping": number("attn_logit_softcapping"),

@@ -87,7 +87,7 @@ GEMMA3N = replace(
         stack(r"(.*altup_(?:unembed_)?projections)\.(?P<n>\d)\.weight", r"\1.weight"),
         _unused_caches,
     ),
-    ignored=("vocab_size_per_layer_input",),
+    ignored=("vocab_size_per_layer_input", "altup_lr_multiplier", "query_pre_attn_scalar"),  # queries are not scaled
 )
 
 

@@ -42,7 +42,8 @@ GPT2 = ModelFamily(
         transposed(r".*\.(c_attn|c_proj|c_fc)\.weight"),
         rename(r"(h\.\d+\..*|wte.*|wpe.*|ln_f.*)", r"transformer.\1"),
     ),
-    ignored=("reorder_and_upcast_attn", "output_past"),  # the order and precision of the same arithmetic
+    ignored=("reorder_and_upcast_attn", "output_past", "n_special", "predict_special_tokens"),
+    # the first: the order and precision of the same arithmetic
 )
 
 
@@ -69,7 +70,7 @@ GPT_BIGCODE = ModelFamily(
     requires={
         **_FOUR_TIMES,
         "scale_attn_weights": (None, True),
-        "hidden_act": ("gelu_pytorch_tanh", "gelu_new"),
+        "hidden_act": ("gelu_pytorch_tanh", "gelu_new", "gelu"),
     },
     keys={**_NO_ROPE, "feed_forward_length": _four_times, "attention.head_count_kv": _starcoder_heads_kv},
     passes=(change(r".*\.c_attn\.(weight|bias)", _starcoder_attention),),
@@ -145,8 +146,10 @@ def _by_group(weights: Weights, hparams: Hparams) -> Weights:
 
 
 def _falcon_heads_kv(hparams: Hparams) -> int:
+    """The first configs of the 40B model tell it by having `n_head_kv` at all."""
     usual = 1 if hparams.flag("multi_query") else hparams.n_heads
-    return hparams.n_heads_kv if hparams.flag("new_decoder_architecture") else usual
+    grouped = hparams.flag("new_decoder_architecture") or hparams.has("n_head_kv")
+    return hparams.n_heads_kv if grouped else usual
 
 
 # transformers, FalconConfig
@@ -166,7 +169,7 @@ FALCON = ModelFamily(
         "alibi": (None, False),
         "parallel_attn": (True,),
         "activation": (None, "gelu"),
-        "num_ln_in_parallel_attn": lambda hparams: (None, 2 if hparams.flag("new_decoder_architecture") else 1),
+        "ff_factor": (None, 4),
     },
     keys={
         **_PLAIN_HEADS,
@@ -176,7 +179,8 @@ FALCON = ModelFamily(
         "rope.freq_base": other_theta(10000.0),
     },
     passes=(change(r".*\.query_key_value\.weight", _by_group),),
-    ignored=("apply_residual_connection_post_layernorm", "num_key_value_heads", "n_head_kv"),
+    # whether there are one or two norms, the tensors tell
+    ignored=("apply_residual_connection_post_layernorm", "num_kv_heads", "num_ln_in_parallel_attn"),
 )
 
 

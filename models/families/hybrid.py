@@ -120,7 +120,8 @@ def _for_kind(kinds: str, name: str) -> Getter:
 
 
 def _nemotron_head_dim(hparams: Hparams) -> int:
-    return hparams.integer("attention_head_dim" if hparams.has("attention_head_dim") else "head_dim")
+    usual = hparams.integer("head_dim")
+    return hparams.integer("attention_head_dim") if hparams.has("attention_head_dim") else usual
 
 
 # transformers, NemotronHConfig
@@ -144,6 +145,7 @@ NEMOTRON_H = ModelFamily(
         "mamba_hidden_act": (None, "silu"),
         "time_step_limit": UNLIMITED,
         "norm_topk_prob": (None, True, False),
+        "num_hidden_layers": lambda hparams: (None, len(_layer_kinds(hparams))),
     },
     keys={
         "context_length": lambda hparams: max(hparams.integer("max_position_embeddings"), _ANY_LENGTH),

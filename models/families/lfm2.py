@@ -20,7 +20,8 @@ def _heads_kv(hparams: Hparams) -> list[int]:
 
 def _adjusted_width(hparams: Hparams) -> int:
     """Source: transformers, Lfm2MLP."""
-    width = hparams.integer("block_ff_dim" if hparams.has("block_ff_dim") else "intermediate_size")
+    usual = hparams.integer("intermediate_size")
+    width = hparams.integer("block_ff_dim") if hparams.has("block_ff_dim") else usual
     if not hparams.flag("block_auto_adjust_ff_dim"):
         return width
     width = int(2 * width / 3)
@@ -40,6 +41,7 @@ LFM2 = ModelFamily(
         "rope_theta": 1000000.0,
         "tie_word_embeddings": True,
         "conv_L_cache": 3,
+        "intermediate_size": 12288,
         "block_multiple_of": 256,
         "block_ffn_dim_multiplier": 1.0,
         "block_auto_adjust_ff_dim": True,

@@ -32,7 +32,7 @@ LLAMA4 = ModelFamily(
         "attn_temperature_tuning": True,
     },
     requires={
-        "no_rope_layers": every_nth(4, 0, others=1),
+        "no_rope_layers": lambda hparams: (*every_nth(4, 0, others=1)(hparams), []),
         "no_rope_layer_interval": (None, 4),
         "layer_types": lambda hparams: (
             None,

@@ -18,6 +18,7 @@ _SEEN_IN_TRAINING = (
     "use_associative_scan",
     "chunk_size",
     "use_mamba_kernels",
+    "use_mem_eff_path",
     "use_falcon_mambapy",
 )
 
@@ -48,6 +49,15 @@ def _width(hparams: Hparams) -> int:
     return 2 * hparams.integer("hidden_size")
 
 
+def _of_this_width(hparams: Hparams) -> tuple[object, ...]:
+    return None, _width(hparams)
+
+
+def _expansions(hparams: Hparams) -> tuple[object, ...]:
+    """Falcon Mamba's config has another factor than its width, which counts."""
+    return (hparams.get("expand"),) if hparams.has("intermediate_size") else (None, 2)
+
+
 # transformers, MambaConfig, FalconMambaConfig; llama.cpp norms time steps and states with the eps of all norms
 MAMBA = ModelFamily(
     architectures=("MambaForCausalLM", "FalconMambaForCausalLM"),
@@ -59,7 +69,7 @@ MAMBA = ModelFamily(
         "tie_word_embeddings": True,
         "rope_theta": 1,
     },
-    requires={"expand": (None, 2), "intermediate_size": lambda hparams: (None, _width(hparams))},
+    requires={"expand": _expansions, "intermediate_size": _of_this_width, "d_inner": _of_this_width},
     keys={
         **NO_ATTENTION,
         "ssm.conv_kernel": integer("conv_kernel"),
@@ -90,7 +100,7 @@ MAMBA2 = ModelFamily(
         "head_dim": 64,
         "rope_theta": 1,
     },
-    requires={"expand": (None, 2), "time_step_limit": UNLIMITED},
+    requires={"expand": (None, 2), "intermediate_size": _of_this_width, "time_step_limit": UNLIMITED},
     keys={
         **NO_ATTENTION,
         "ssm.conv_kernel": integer("conv_kernel"),

@@ -45,6 +45,7 @@ SMOLLM3 = replace(
         "use_sliding_window": (None, False),
     },
     keys=_PLAIN_KEYS,
+    ignored=(*LLAMA.ignored, "max_window_layers"),
 )
 
 # transformers, Ministral3Config, Mistral3Config

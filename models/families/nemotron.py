@@ -17,7 +17,7 @@ NEMOTRON = ModelFamily(
         "partial_rotary_factor": 0.5,
         "hidden_act": "relu2",
     },
-    requires={"hidden_act": ("relu2",)},
+    requires={"hidden_act": ("relu2",), "kv_channels": lambda hparams: (None, hparams.head_dim)},
     keys={
         "vocab_size": integer("vocab_size"),
         "attention.layer_norm_epsilon": number("rms_norm_eps"),

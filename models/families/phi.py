@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from models.errors import UnsupportedError
 from models.families import ModelFamily
 from models.families import vocabulary as rules
 from models.families.keys import (
@@ -12,6 +13,7 @@ from models.families.keys import (
     rotary_dim,
     trained_context,
 )
+from models.hparams import Hparams
 
 # transformers, PhiConfig; llama.cpp expects a feed-forward network of four times the width, and heads without groups
 PHI2 = ModelFamily(
@@ -41,6 +43,9 @@ PHI2 = ModelFamily(
 )
 
 
+# The code beside Phi-4-mini knows two more fields, and what to do with other values of them it does not say
+_PHI4_MINI = {"full_attn_mod": (None, 1), "interpolate_factor": (None, 1)}
+
 # transformers, Phi3Config; llama.cpp does not look at its window: equal up to it, and a note says so
 PHI3 = ModelFamily(
     architectures=("Phi3ForCausalLM",),
@@ -51,6 +56,7 @@ PHI3 = ModelFamily(
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
     },
+    requires=_PHI4_MINI,
     keys={
         **NO_SCALING,
         "attention.key_length": absent,
@@ -65,6 +71,21 @@ PHI3 = ModelFamily(
     ignored=("sliding_window",),
 )
 
+
+def _turned_by(hparams: Hparams) -> float | None:
+    """What sine and cosine are multiplied by: its scaling says so itself, for short texts and long ones."""
+    rope = hparams.rope
+    if rope.type != "longrope" or not rope.has("long_mscale"):
+        return longrope_attention_factor(hparams)
+    short, long = rope.number("short_mscale"), rope.number("long_mscale")
+    if short != long:
+        raise UnsupportedError(
+            f"config.json: 'short_mscale' is {short:g} and 'long_mscale' {long:g}: llama.cpp knows one for all texts",
+            field="short_mscale",
+        )
+    return long
+
+
 # transformers, PhimoeConfig
 PHI_MOE = replace(
     PHI3,
@@ -78,6 +99,7 @@ PHI_MOE = replace(
         "num_experts": 16,
         "num_experts_per_tok": 2,
     },
+    keys={**PHI3.keys, "rope.scaling.attn_factor": _turned_by},
     ignored=(*PHI3.ignored, "input_jitter_noise", "router_jitter_noise"),
     note=lambda hparams: (
         "llama.cpp weighs the experts of Phi-MoE otherwise than it was trained (sparsemixer): answers may differ"

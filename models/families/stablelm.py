@@ -3,6 +3,14 @@
 from models.families import ModelFamily
 from models.families.keys import absent, flag, other_theta, rotary_dim
 from models.families.passes import stack
+from models.hparams import Hparams
+
+
+def _eps(hparams: Hparams) -> float:
+    """The code beside the first checkpoints has its own name for it."""
+    usual = hparams.number("layer_norm_eps")
+    return hparams.number("norm_eps") if hparams.has("norm_eps") else usual
+
 
 # transformers, StableLmConfig
 STABLELM = ModelFamily(
@@ -15,9 +23,15 @@ STABLELM = ModelFamily(
         "partial_rotary_factor": 0.25,
         "use_parallel_residual": False,
     },
+    requires={
+        "num_heads": lambda hparams: (None, hparams.n_heads),
+        "rotary_scaling_factor": (None, 1, 1.0),
+    },
     keys={
         "attention.key_length": absent,
         "attention.value_length": absent,
+        "attention.layer_norm_epsilon": _eps,
+        "attention.layer_norm_rms_epsilon": absent,
         "rope.dimension_count": rotary_dim,
         "rope.freq_base": other_theta(10000.0),
         "use_parallel_residual": flag("use_parallel_residual"),
