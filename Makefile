@@ -55,8 +55,9 @@ lint:
 
 bench:
 	@$(INSTALL) $(PARITY) $(QUIETLY)
-	@.venv-parity/bin/python -m scripts.build_peer $(QUIETLY)
+	@.venv-parity/bin/python -m scripts.build_peer llama-bench llama-completion llama-lookup $(QUIETLY)
 	.venv-parity/bin/python -m benchmarks.convert
+	.venv-parity/bin/python -m benchmarks.engine
 
 clean:
 	rm -rf .venv .venv-parity build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from models.gguf_file import GgufFile
 from runner import placement
-from runner.engine.context import Context, Snapshot
+from runner.engine.context import BATCH, Context, Snapshot
 
 _EXPERTS = re.compile(r"\.ffn_\w*_exps\.")
 
@@ -40,6 +40,9 @@ def measure(
     def tokens(n: int) -> list[int]:
         return [source.randrange(context.n_vocab) for _ in range(n)]
 
+    # The first computation touches memory that the later ones find ready: llama-bench does not count it either.
+    _prefill(context, 0, None, tokens(min(BATCH, context.n_ctx)))
+    _generate(context, 0, None, tokens(1))
     for depth in depths:
         context.clear()
         context.extend(tokens(depth))

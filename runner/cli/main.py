@@ -2,7 +2,7 @@
 
 Every module of this package that has `add_arguments` is a command: its name is the module's, its line in the help its
 `HELP`, its place there its `ORDER`. So a command is added by adding a file. Command modules import what is heavy
-inside `run`, since all of them are imported to build the parser.
+inside `run`, since all of them are imported for the help; where a command is named, only its own is.
 
 Exit codes: 0 done, 1 a named error, 2 usage, 130 Ctrl-C, 143 SIGTERM.
 """
@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments. Raises SystemExit, as argparse does."""
-    parser = build_parser()
+    parser = build_parser(argv[0] if argv else None)
     if "_ARGCOMPLETE" in os.environ:  # a shell asks what could stand at the cursor
         import argcomplete
 
@@ -95,14 +95,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """A parser of `command` alone, if there is such a one, else of all."""
     parser = argparse.ArgumentParser(
         prog="handmill",
         description="Quantize Hugging Face checkpoints and chat with them, offline, on your own hardware.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, module in command_modules():
+    for name, module in command_modules(command) or command_modules():
         sub = commands.add_parser(
             name,
             help=module.HELP,
@@ -115,13 +116,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def command_modules() -> list[tuple[str, ModuleType]]:
-    """Every command and its module, in the order in which the help lists them."""
+def command_modules(only: str | None = None) -> list[tuple[str, ModuleType]]:
+    """Every command and its module, or the one of that name, in the order in which the help lists them."""
     import runner.cli
 
     found = []
     for info in pkgutil.iter_modules(runner.cli.__path__):
-        if info.name != "main":
+        if info.name != "main" and only in (None, info.name):
             module = importlib.import_module(f"runner.cli.{info.name}")
             if hasattr(module, "add_arguments"):
                 found.append((info.name, module))
