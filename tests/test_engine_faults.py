@@ -156,7 +156,7 @@ def test_a_decode_that_fails_in_the_middle(dense: Path, monkeypatch: pytest.Monk
     with load(dense, OPTIONS) as engine:
         context = engine.measured()[0]
         expected = [chunk.token for chunk in engine.generate(PROMPT, replace(LONG, max_tokens=9))]
-        real, calls = context._lib.llama_decode, iter(range(100))
+        lib, calls = context._lib, iter(range(100))
 
         class Failing:
             def __getattr__(self, name: str) -> object:
@@ -164,13 +164,11 @@ def test_a_decode_that_fails_in_the_middle(dense: Path, monkeypatch: pytest.Monk
                     return lambda *_: -3
                 return getattr(lib, name)
 
-        lib = context._lib
         monkeypatch.setattr(context, "_lib", Failing())
         context.clear()
         reply = engine.generate(PROMPT, replace(LONG, max_tokens=9))
         with pytest.raises(GenerationError, match="status -3"):
             list(reply)
-        assert real is lib.llama_decode
         assert [chunk.token for chunk in engine.generate(PROMPT, replace(LONG, max_tokens=9))] == expected
 
 
@@ -197,4 +195,3 @@ def test_a_context_of_no_model_is_refused(dense: Path) -> None:
         too_long = ContextOptions(n_ctx=2**31 - 1, threads=1, batch_threads=1)
         with pytest.raises(LoadError, match="context"):
             Context(engine._loaded.model, too_long)
-        assert isinstance(engine, LocalEngine)

@@ -13,6 +13,7 @@ from runner.engine.context import Context, Snapshot
 WORTH_KEEPING = 64
 """Tokens. Fewer are computed again as quickly as the memory of a long conversation is copied."""
 NO_TOKEN = -1
+"""After all that a memory holds it stands for whatever comes next: what is kept must be able to go on from there."""
 
 
 class Branches:

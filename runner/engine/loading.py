@@ -81,13 +81,17 @@ def load_file(path: Path, options: LoadOptions, progress: LoadProgress | None) -
         notes.append(devices.why_no_gpu())
     elif 0 < plan.gpu_layers < plan.n_layers and options.gpu_layers == "auto":
         notes.append(str(plan))
+    whole_window = False
+    if not plan.gpu_layers and gguf.integer(f"{gguf.architecture}.attention.sliding_window"):
+        whole_window, note = _choose_window(gguf, n_ctx, options, spare)
+        notes.append(note)
     settings = ContextOptions(
         n_ctx=n_ctx,
         threads=threads,
         batch_threads=threads,
         type_k=placement.KV_TYPES[options.kv_types[0]][0],
         type_v=placement.KV_TYPES[options.kv_types[1]][0],
-        whole_window=not plan.gpu_layers and _affords_whole_window(gguf, n_ctx, options, spare, notes),
+        whole_window=whole_window,
     )
 
     layers = plan.gpu_layers
@@ -134,21 +138,13 @@ def _spare_memory(gguf: GgufFile) -> int | None:
     return None if available is None else max(available - gguf.size, available // _SPARE_SHARE)
 
 
-def _affords_whole_window(
-    gguf: GgufFile, n_ctx: int, options: LoadOptions, spare: int | None, notes: list[str]
-) -> bool:
-    """Whether a model that looks back a window only gets a cache of everything, which can be cut anywhere."""
-    if not gguf.integer(f"{gguf.architecture}.attention.sliding_window"):
-        return False
+def _choose_window(gguf: GgufFile, n_ctx: int, options: LoadOptions, spare: int | None) -> tuple[bool, str]:
+    """Whether a model that looks back a window only gets a cache of everything, which can be cut anywhere; a note."""
     whole = n_ctx * sum(placement.kv_bytes_per_token(gguf, options.kv_types))
-    affords = spare is not None and whole <= spare // _SPARE_SHARE
-    if affords:
-        notes.append(f"sliding window: the whole cache is kept ({human_bytes(whole)}), so that it can be cut anywhere")
-    else:
-        notes.append(
-            f"sliding window: only the window is kept (the whole would take {human_bytes(whole)}), with checkpoints"
-        )
-    return affords
+    size = human_bytes(whole)
+    if spare is not None and whole <= spare // _SPARE_SHARE:
+        return True, f"sliding window: the whole cache is kept ({size}), so that it can be cut anywhere"
+    return False, f"sliding window: only the window is kept (the whole would take {size}), with checkpoints"
 
 
 def _states(path: Path, options: LoadOptions, settings: ContextOptions) -> StateFiles | None:
