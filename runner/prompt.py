@@ -9,7 +9,7 @@ the message as long as it is. A reply's own ids take the place of its text by th
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
@@ -19,6 +19,7 @@ from models.native import ATTR_USER_DEFINED, Vocabulary
 from runner.engine.protocol import Message
 from runner.engine.text_stream import shared_prefix, text_of
 from runner.template import ChatTemplate
+from runner.thinking import switch
 
 
 class PromptEncoder:
@@ -51,16 +52,21 @@ class PromptEncoder:
         """Tokens of a text to be continued, with the marks that the model wants around it (BOS)."""
         return self._vocabulary.tokenize(self._normalize(text), add_special=True, parse_special=self._parse_special)
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Message], think: bool | None = None) -> list[int]:
         """Tokens of a conversation up to where the assistant speaks. Raises TemplateError."""
         template = self._compiled()
+        names = switch(template.source, template.reads, think)
         clean = [self._normalized(message) for message in messages]
         cut, edge = _unused_characters(template.source, clean)
         if not self._parse_special:
             clean = [replace(message, content=self._cut_marks(message, cut)) for message in clean]
-        rendered = _render(template, clean)
+
+        def render(turns: Sequence[Message]) -> str:
+            return _render(template, turns, names)
+
+        rendered = render(clean)
         kept = [i for i, message in enumerate(clean) if self._has_own_tokens(message, messages[i])]
-        with_edges = _render_with_edges(template, clean, kept, edge, rendered) if kept else None
+        with_edges = _render_with_edges(render, clean, kept, edge, rendered) if kept else None
         if with_edges is None:
             return self._tokenize_pieces(rendered.split(cut))
         tokens: list[int] = []
@@ -72,22 +78,19 @@ class PromptEncoder:
                 tokens += self._tokenize_pieces(part.split(cut), continues=index > 0)
         return tokens
 
-    def marks(self, messages: Sequence[Message], tokens: Sequence[int]) -> set[int]:
+    def marks(self, messages: Sequence[Message], tokens: Sequence[int], think: bool | None = None) -> set[int]:
         """Where the tokens of later conversations may part from `tokens`, those of `messages`.
 
         After the system message; and where the reply begins, which a template may show otherwise later on.
         """
-        first = messages[:1] if messages and messages[0].role == "system" else []
-        endings = [
-            (tokens, [*messages, Message("assistant", "x"), Message("user", "y")]),
-            (None, [*first, Message("user", "x")]),
-        ]
+        system = messages[:1] if messages and messages[0].role == "system" else []
+        later = [*messages, Message("assistant", "x"), Message("user", "y")]
         found = set()
-        for other, conversation in endings:
-            with suppress(TemplateError):  # a template that wants other turns has no such place
-                theirs = self.encode_chat(conversation)
-                ours = other or self.encode_chat([*first, Message("user", "y")])
-                found.add(shared_prefix(ours, theirs))
+        with suppress(TemplateError):  # a template that wants other turns has no such place
+            found.add(shared_prefix(tokens, self.encode_chat(later, think)))
+        with suppress(TemplateError):
+            one, other = (self.encode_chat([*system, Message("user", text)], think) for text in ("x", "y"))
+            found.add(shared_prefix(one, other))
         return found
 
     def _compiled(self) -> ChatTemplate:
@@ -196,12 +199,12 @@ def _marks_pattern(vocabulary: Vocabulary, user_defined: bool) -> re.Pattern[str
     return re.compile(alternatives)
 
 
-def _render(template: ChatTemplate, messages: Sequence[Message]) -> str:
-    return template.render([{"role": message.role, "content": message.content} for message in messages])
+def _render(template: ChatTemplate, messages: Sequence[Message], names: Mapping[str, object] | None = None) -> str:
+    return template.render([{"role": message.role, "content": message.content} for message in messages], names or {})
 
 
 def _render_with_edges(
-    template: ChatTemplate, messages: Sequence[Message], kept: list[int], edge: str, plain: str
+    render: Callable[[Sequence[Message]], str], messages: Sequence[Message], kept: list[int], edge: str, plain: str
 ) -> str | None:
     """The rendered text with `edge` on both sides of each message of `kept`; None where that changes the rest.
 
@@ -213,7 +216,7 @@ def _render_with_edges(
             replace(message, content=f"{edge}{message.content}{edge}") if i in candidates else message
             for i, message in enumerate(messages)
         ]
-        text = _render(template, marked)
+        text = render(marked)
         parts = text.split(edge)
         if text.replace(edge, "") == plain and parts[1::2] == [messages[i].content for i in candidates]:
             kept[:] = candidates

@@ -86,9 +86,9 @@ class ChatSession:
     def reply(self, text: str) -> Iterator[GenerationChunk]:
         """Say `text` and give out the reply as it comes.
 
-        What came of a reply that was cancelled, interrupted or failed stays in the conversation. Where nothing
-        came, `text` is taken back too, so that it can be said again. Raises TemplateError, GenerationError and,
-        when the conversation cannot be made to fit the context, ContextOverflow.
+        What came of a reply that was cancelled, interrupted or failed stays in the conversation, without the thought
+        before it. Where nothing came, `text` is taken back too, so that it can be said again. Raises TemplateError,
+        GenerationError and, when the conversation cannot be made to fit the context, ContextOverflow.
         """
         before = len(self.messages)
         self.messages.append(Message("user", text))
@@ -99,7 +99,9 @@ class ChatSession:
         try:
             for chunk in chunks:
                 pieces.append(chunk.text)
-                if chunk.token is not None:
+                if chunk.thinking:  # templates leave thoughts out of what was said before, and so does this
+                    tokens.clear()
+                elif chunk.token is not None:
                     tokens.append(chunk.token)
                 self.last_stats = chunk.stats
                 # the last token of a full context was picked, but takes no place in it any more
@@ -134,7 +136,7 @@ class ChatSession:
             return self.messages
 
         def count() -> int:
-            return len(self.engine.encode_chat([*system, *turns[self._left_out :]]))
+            return len(self.engine.encode_chat([*system, *turns[self._left_out :]], think=self.sampling.think))
 
         before, first = count(), self._left_out
         now, wanted = before, n_ctx - room

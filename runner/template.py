@@ -23,7 +23,7 @@ from string import Formatter
 from types import FrameType, MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
 from jinja2.exceptions import TemplateError as JinjaError
@@ -62,6 +62,7 @@ _FORMATS = frozenset({"format", "format_map", "strftime_now"})
 _LOCALS = frozenset({"_loop_vars", "_block_vars"})
 """What Jinja2 itself adds to the arguments of a call, and takes away again: the names set around it."""
 _VIEWS: tuple[type[Any], ...] = (type({}.keys()), type({}.values()), type({}.items()))
+_NO_NAMES: Mapping[str, object] = MappingProxyType({})
 _CONTAINERS: tuple[type[Any], ...] = (list, tuple, dict, MappingProxyType, *_VIEWS)
 
 
@@ -336,6 +337,7 @@ class ChatTemplate:
     def __init__(self, source: str, *, bos: str = "", eos: str = "") -> None:
         self.source = source
         self._names = {"bos_token": bos, "eos_token": eos}
+        self._reads: set[str] | None = None
         if len(source) > MAX_SOURCE:
             raise TemplateError(f"the chat template is {len(source)} characters long")
         _made.forget()
@@ -346,16 +348,31 @@ class ChatTemplate:
         finally:
             _made.forget()
 
-    def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
-        """The conversation as one text. Raises TemplateError when the template raises or does not end."""
+    def reads(self, name: str) -> bool:
+        """Whether the template looks at a variable of that name before it sets one."""
+        if self._reads is None:
+            try:
+                self._reads = meta.find_undeclared_variables(_environment().parse(self.source))
+            except (JinjaError, RecursionError):  # it was compiled, so this is the search's own limit
+                self._reads = set()
+            finally:
+                _made.forget()
+        return name in self._reads
+
+    def render(self, messages: Sequence[Mapping[str, str]], names: Mapping[str, object] = _NO_NAMES) -> str:
+        """The conversation as one text, up to where the assistant speaks.
+
+        `names` are further variables. Raises TemplateError when the template raises or does not end.
+        """
         try:
             with _step_budget(MAX_STEPS + STEPS_A_MESSAGE * len(messages)):
                 text = self._template.render(
                     messages=[dict(message) for message in messages],
-                    add_generation_prompt=add_generation_prompt,
+                    add_generation_prompt=True,
                     tools=None,
                     documents=None,
                     **self._names,
+                    **names,
                 )
             _bounded(text)
         except _TooMuch as error:

@@ -71,7 +71,7 @@ class FakeEngine:
     def encode_text(self, text: str) -> list[int]:
         return [ord(c) for c in text]
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Message], *, think: bool | None = None) -> list[int]:
         self.chats.append(list(messages))
         if not self._chat_template:
             raise TemplateError("Fake is a base model: it has no chat template", hint="use `handmill run`")

@@ -160,7 +160,7 @@ def json_chat(engine: FakeEngine, *lines: str) -> tuple[list[dict[str, object]],
     session = ChatSession(engine, None, Sampling())
     stdout, sys.stdout = sys.stdout, io.StringIO()
     try:
-        assert JsonChat(session, lambda text, last: report(text, last, engine.info)).run(lines) == 0
+        assert JsonChat(session, lambda *reply: report(*reply, info=engine.info)).run(lines) == 0
         written = sys.stdout.getvalue()
     finally:
         sys.stdout = stdout
@@ -263,13 +263,15 @@ class Terminal:
         os.close(self._master)
 
 
-def test_the_whole_program_on_a_real_terminal(starter_model: Path, own_home: Path) -> None:
+def test_the_whole_program_on_a_real_terminal(starter_model: Path, own_home: Path, tmp_path: Path) -> None:
     pytest.importorskip("pty")
-    terminal = Terminal(["chat", str(starter_model), "--temperature", "0", "-c", "512", "-j", "1"])
+    long = tmp_path / "long.gbnf"
+    long.write_text('root ::= ("tick "){400}', encoding="utf-8")
+    terminal = Terminal(["chat", str(starter_model), "--grammar", str(long), "-c", "512", "-j", "1"])
     try:
         terminal.wait_for("context 0/512")
         terminal.press("Write a long story about a mill.\r")
-        terminal.wait_for(" the ")
+        terminal.wait_for("tick tick")
         terminal.press("\x03")
         terminal.wait_for("[stopped]")
         terminal.wait_for("tok/s")

@@ -103,10 +103,12 @@ def test_run_json_has_the_documented_fields(
     facts = json.loads(capsys.readouterr().out)
     assert list(facts) == [
         "text",
+        "thought",
         "finish_reason",
         "prompt_tokens",
         "cached_tokens",
         "generated_tokens",
+        "thought_tokens",
         "drafted_tokens",
         "accepted_tokens",
         "load_seconds",

@@ -31,7 +31,7 @@ from prompt_toolkit.utils import get_cwidth
 from models.errors import HandmillError
 from models.text import printable
 from runner.chat import commands
-from runner.chat.render import TerminalFilter
+from runner.chat.render import Dimmed, TerminalFilter
 from runner.engine.protocol import Engine, GenerationChunk
 
 if TYPE_CHECKING:
@@ -108,11 +108,12 @@ class ChatApp:
 
     def show(self, chunks: Iterator[GenerationChunk]) -> None:
         """Show a reply as it comes. Ctrl-C ends it and keeps what came, a second one leaves."""
-        terminal = TerminalFilter()
+        terminal, thoughts = TerminalFilter(), Dimmed(self._write)
         finish, shown = None, ""
         with _quiet_keyboard(), _ctrl_c_stops(self._engine) as stopped:
             try:
                 for chunk in chunks:
+                    thoughts.feed(chunk.thought, answer=chunk.text)
                     text = terminal.feed(chunk.text)
                     self._write(text)
                     shown = text or shown
@@ -120,6 +121,7 @@ class ChatApp:
                     if stopped.is_set():  # pressed before the engine listened
                         self._engine.cancel()
             finally:
+                thoughts.close()
                 self._write("" if shown.endswith("\n") or not shown else "\n")
         if finish == "cancelled":
             self.say("[stopped]")

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from models.errors import UsageError
 from models.text import printable
+from runner.engine.protocol import Message
 
 if TYPE_CHECKING:
     from runner.engine.protocol import GenerationChunk
@@ -123,6 +124,18 @@ def _retry(chat: Chat, _: str) -> None:
     chat.show(chat.session.retry())
 
 
+def _think(chat: Chat, argument: str) -> None:
+    session = chat.session
+    if argument:
+        if argument not in ("on", "off"):
+            raise UsageError("/think takes on or off, or nothing")
+        think = argument == "on"
+        session.engine.encode_chat([Message("user", "")], think=think)  # raises TemplateError where there is no switch
+        session.sampling = replace(session.sampling, think=think)
+    said = {None: "as the model has it", True: "on", False: "off"}
+    chat.say(f"Thinking: {said[session.sampling.think]}.")
+
+
 def _exit(chat: Chat, _: str) -> None:
     chat.leave()
 
@@ -133,6 +146,7 @@ COMMANDS = (
     Command("system", "set the system prompt; alone, show it", _system, argument="[TEXT|off]"),
     Command("undo", "take back the last message and its reply", _undo),
     Command("retry", "have the last message answered once more", _retry, aliases=("regen",)),
+    Command("think", "have it think before it answers, or not; alone, show it", _think, argument="[on|off]"),
     Command("exit", "leave", _exit, aliases=("quit", "q", "bye")),
 )
 

@@ -56,7 +56,7 @@ class LineChat:
 class JsonChat:
     """JSON lines both ways; the fields are documented in `runner.cli.chat`. An error is an answer, not an end."""
 
-    def __init__(self, session: ChatSession, report: Callable[[str, GenerationChunk], dict[str, object]]) -> None:
+    def __init__(self, session: ChatSession, report: Callable[[str, str, GenerationChunk], dict[str, object]]) -> None:
         self.session = session
         session.notify = self.say
         self._report = report
@@ -81,12 +81,14 @@ class JsonChat:
 
     def show(self, chunks: Iterator[GenerationChunk]) -> None:
         pieces: list[str] = []
+        thoughts: list[str] = []
         last = GenerationChunk("", None)
         for last in chunks:
-            if last.text:
-                pieces.append(last.text)
-                self._write({"delta": last.text})
-        self._write(self._report("".join(pieces), last))
+            for key, text, kept in (("thought", last.thought, thoughts), ("delta", last.text, pieces)):
+                if text:
+                    kept.append(text)
+                    self._write({key: text})
+        self._write(self._report("".join(pieces), "".join(thoughts), last))
 
     def _take(self, request: dict[str, str]) -> None:
         if "content" in request:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from enum import Enum, auto
 
 _SUSPECT = re.compile(
@@ -21,6 +22,7 @@ _C1_STRINGS = frozenset("\x90\x98\x9d\x9e\x9f")
 _STRING_ENDS = frozenset("\x07\x18\x1a\x9c")
 _TAGS = range(0xE0020, 0xE0080)
 _FLAG = "\U0001f3f4"
+_DIM, _USUAL = "\x1b[2m", "\x1b[0m"
 
 
 class _State(Enum):
@@ -97,6 +99,32 @@ class TerminalFilter:
         elif 0xD800 <= code <= 0xDFFF:
             return "\ufffd"
         return ""
+
+
+class Dimmed:
+    """What a model thinks, on a terminal in a fainter colour, with an empty line between it and the answer.
+
+    `write` takes what is safe to show.
+    """
+
+    def __init__(self, write: Callable[[str], object]) -> None:
+        self._write = write
+        self._filter = TerminalFilter()
+        self._open = False
+
+    def feed(self, thought: str, *, answer: str = "") -> None:
+        """Show more of the thought; `answer` says, if it is not empty, that it has ended."""
+        if text := self._filter.feed(thought):
+            self._write(text if self._open else f"{_DIM}{text}")
+            self._open = True
+        if answer:
+            self.close("\n\n")
+
+    def close(self, after: str = "\n") -> None:
+        """Go back to the usual colour, if a thought was shown."""
+        if self._open:
+            self._write(f"{_USUAL}{after}")
+            self._open = False
 
 
 def json_line(value: object) -> str:

@@ -3,10 +3,10 @@
 Where stdin is no terminal, each of its lines is a message and is answered on stdout.
 
 --json is for other programs: JSON lines in, JSON lines out. {"content": "..."} sends a message, {"command": "/undo"}
-runs a command of the chat. Out come {"delta": "..."} while a reply streams, then the object that `handmill run --json`
-prints; {"notice": "..."} for what a command says or the conversation has to tell; {"done": "undo"} after a command;
-and {"error": NAME, "message": "...", "hint": "..."}, after which the chat goes on. Every request ends with an object
-that has `finish_reason`, `done` or `error`.
+runs a command of the chat. Out come {"thought": "..."} while a model thinks and {"delta": "..."} while it answers,
+then the object that `handmill run --json` prints; {"notice": "..."} for what a command says or the conversation has
+to tell; {"done": "undo"} after a command; and {"error": NAME, "message": "...", "hint": "..."}, after which the chat
+goes on. Every request ends with an object that has `finish_reason`, `done` or `error`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
             from runner.chat.lines import JsonChat
             from runner.cli.run import report
 
-            return JsonChat(session, lambda text, last: report(text, last, engine.info)).run(sys.stdin)
+            return JsonChat(session, lambda *reply: report(*reply, info=engine.info)).run(sys.stdin)
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
             from runner.chat.lines import LineChat
 

@@ -89,6 +89,8 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument(option, type=_limited(name), metavar="N", help=text)
     group.add_argument("--logit-bias", type=logit_bias, action="append", metavar="TOKEN=BIAS", help="id and bias")
     group.add_argument("--stop", action="append", metavar="TEXT", help="end the reply before this; may be repeated")
+    group.add_argument("--think", choices=["on", "off"], help="whether a model that can thinks before it answers")
+    group.add_argument("--think-budget", type=integer(0), metavar="N", help="have it answer after N tokens of thought")
     group.add_argument("--grammar", type=Path, metavar="FILE", help="GBNF that the reply must follow")
     group.add_argument("--json-schema", type=Path, metavar="FILE", help="JSON schema that the reply must follow")
     parser.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
@@ -112,8 +114,10 @@ def load_options(args: argparse.Namespace) -> LoadOptions:
 
 def sampling(args: argparse.Namespace, recommended: Sampling) -> Sampling:
     """What the person set, and for the rest what the model recommends."""
-    names = ("temperature", "top_k", "top_p", "min_p", "seed", "max_tokens", *_NUMBERS)
+    names = ("temperature", "top_k", "top_p", "min_p", "seed", "max_tokens", "think_budget", *_NUMBERS)
     given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.think:
+        given["think"] = args.think == "on"
     if args.logit_bias:
         given["logit_bias"] = tuple(args.logit_bias)
     if args.stop:

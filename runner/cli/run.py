@@ -3,10 +3,13 @@
 What is piped in is appended to the prompt. A model without a chat template is a base model: it continues the text.
 Into a pipe the reply goes as the model gave it; to a terminal, without what a terminal would obey.
 
---json prints one object instead: text, finish_reason (stop, length or cancelled), prompt_tokens, cached_tokens,
-generated_tokens, drafted_tokens (guessed from the context and checked together), accepted_tokens (of those, how many
-came out right), load_seconds, prefill_seconds, generate_seconds, gpu_layers, device; with --logprobs also logprobs,
-for each token an object of token (its id), logprob, and top (a list of the same).
+What a model thinks before it answers goes to stderr, dimmed, where that is a terminal.
+
+--json prints one object instead: text, thought, finish_reason (stop, length or cancelled), prompt_tokens,
+cached_tokens, generated_tokens, thought_tokens (of those generated), drafted_tokens (guessed from the context and
+checked together), accepted_tokens (of those, how many came out right), load_seconds, prefill_seconds,
+generate_seconds, gpu_layers, device; with --logprobs also logprobs, for each token an object of token (its id),
+logprob, and top (a list of the same).
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from models.errors import UsageError
-from runner.chat.render import TerminalFilter, json_line
+from runner.chat.render import Dimmed, TerminalFilter, json_line
 from runner.cli.loading import loaded_engine
 from runner.cli.options import add_load_options, add_output_options, add_sampling_options, integer, sampling
 from runner.engine.protocol import Engine, GenerationChunk, GenerationStats, Message, ModelInfo
@@ -44,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     prompt = _prompt(args.prompt)
     with loaded_engine(args) as engine:
         chunks = _reply(engine, prompt, args)
-        last = _collect(chunks, engine.info) if args.json else _stream(chunks)
+        last = _collect(chunks, engine.info) if args.json else _stream(chunks, show_thought=not args.quiet)
         if not (args.json or args.quiet) and sys.stderr.isatty():
             print(describe(last.stats, engine.info), file=sys.stderr)
     return 0
@@ -82,46 +85,58 @@ def _reply(engine: Engine, prompt: str, args: argparse.Namespace) -> Iterator[Ge
     return engine.chat([*system, Message("user", prompt)], settings)
 
 
-def _stream(chunks: Iterator[GenerationChunk]) -> GenerationChunk:
+def _stream(chunks: Iterator[GenerationChunk], *, show_thought: bool) -> GenerationChunk:
     """Write the reply as it comes; the last chunk."""
     on_terminal = sys.stdout.isatty()
     terminal = TerminalFilter()
+    thoughts = Dimmed(_to_stderr) if show_thought and sys.stderr.isatty() else None
     last = GenerationChunk("", None)
     column_zero = True
     try:
         for last in chunks:
+            if thoughts is not None:
+                thoughts.feed(last.thought, answer=last.text)
             if text := terminal.feed(last.text) if on_terminal else last.text:
                 sys.stdout.write(text)
                 sys.stdout.flush()
                 column_zero = text.endswith("\n")
     finally:
+        if thoughts is not None:
+            thoughts.close()
         if on_terminal and not column_zero:
             sys.stdout.write("\n")
     return last
 
 
+def _to_stderr(text: str) -> None:
+    print(text, end="", file=sys.stderr, flush=True)
+
+
 def _collect(chunks: Iterator[GenerationChunk], info: ModelInfo) -> GenerationChunk:
     last = GenerationChunk("", None)
-    pieces, logprobs = [], []
+    pieces, thoughts, logprobs = [], [], []
     for last in chunks:
         pieces.append(last.text)
+        thoughts.append(last.thought)
         if last.logprobs is not None:
             top = [{"token": token, "logprob": value} for token, value in last.logprobs.top]
             logprobs.append({"token": last.token, "logprob": last.logprobs.logprob, "top": top})
-    facts = report("".join(pieces), last, info)
+    facts = report("".join(pieces), "".join(thoughts), last, info=info)
     print(json_line(facts | {"logprobs": logprobs} if logprobs else facts))
     return last
 
 
-def report(text: str, last: GenerationChunk, info: ModelInfo) -> dict[str, object]:
+def report(text: str, thought: str, last: GenerationChunk, *, info: ModelInfo) -> dict[str, object]:
     """The documented object of one reply. Times in seconds."""
     stats = last.stats
     return {
         "text": text,
+        "thought": thought,
         "finish_reason": last.finish_reason,
         "prompt_tokens": stats.prompt_tokens,
         "cached_tokens": stats.cached_tokens,
         "generated_tokens": stats.generated_tokens,
+        "thought_tokens": stats.thought_tokens,
         "drafted_tokens": stats.drafted_tokens,
         "accepted_tokens": stats.accepted_tokens,
         "load_seconds": round(info.load_seconds, 6),

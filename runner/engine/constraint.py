@@ -7,7 +7,10 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from models import native
 from models.errors import GenerationError, UsageError
@@ -15,11 +18,7 @@ from models.native import Vocabulary
 from models.text import printable
 from runner.engine.gbnf import check_grammar
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    Logits = NDArray[np.float32]
+Logits = NDArray[np.float32]
 
 
 class Constraint:
@@ -38,23 +37,22 @@ class Constraint:
             reason = _parse_error(said()) or "; ".join(log.problems())
             raise UsageError(f"llama.cpp cannot use the grammar: {printable(reason, 500)}", option="grammar")
         self._candidates = (self._lib.llama_token_data * self._n_vocab)()
+        self._ids = np.arange(self._n_vocab, dtype=np.int32)
 
-    def pick(self, chain: Any, context: Any, index: int) -> int:
-        """The token that `chain` picks from output row `index`, of those that the grammar allows.
+    def pick(self, chain: Any, context: Any, index: int, also: int | None = None) -> int:
+        """The token that `chain` picks from output row `index`, of those that the grammar allows, and `also`.
 
         The grammar looks at one token first, since most fit, and at all of them only if that one does not.
         Neither the grammar nor the chain counts the token as said. Raises GenerationError where none is allowed.
         """
-        import numpy as np
-
         pointer = self._lib.llama_get_logits_ith(context, index)
         if not pointer:
             raise GenerationError(f"llama.cpp has no logits for output row {index}")
         logits: Logits = np.ctypeslib.as_array(pointer, shape=(self._n_vocab,))
-        token = self._apply(chain, np.arange(self._n_vocab, dtype=np.int32), logits)
-        if self._allows(token):
+        token = self._apply(chain, self._ids, logits)
+        if token == also or self._allows(token):
             return token
-        ids, allowed = self._allowed(logits)
+        ids, allowed = self._allowed(logits, also)
         if not len(ids):
             raise GenerationError(
                 "the grammar allows no token of this model here",
@@ -63,9 +61,7 @@ class Constraint:
         return self._apply(chain, ids, allowed)
 
     def accept(self, token: int) -> None:
-        """Take `token` as said. Raises GenerationError where the grammar does not allow it."""
-        if not self._allows(token):  # llama.cpp would end the process
-            raise GenerationError(f"the grammar does not allow token {token} here", token=token)
+        """Take as said what `pick` gave. Any other token that the grammar does not allow ends the process."""
         self._lib.llama_sampler_accept(self._grammar, token)
 
     def close(self) -> None:
@@ -79,13 +75,13 @@ class Constraint:
         self._lib.llama_sampler_apply(self._grammar, ctypes.byref(array))
         return bool(one[0].logit > float("-inf"))
 
-    def _allowed(self, logits: Logits) -> tuple[NDArray[np.int32], Logits]:
-        """All tokens that the grammar allows now, and their logits."""
-        import numpy as np
-
-        table = self._fill(np.arange(self._n_vocab, dtype=np.int32), logits)
+    def _allowed(self, logits: Logits, also: int | None) -> tuple[NDArray[np.int32], Logits]:
+        """All tokens that the grammar allows now, and `also`; and their logits."""
+        table = self._fill(self._ids, logits)
         array = self._lib.llama_token_data_array(self._candidates, self._n_vocab, -1, False)
         self._lib.llama_sampler_apply(self._grammar, ctypes.byref(array))
+        if also is not None:
+            table["logit"][also] = logits[also]
         kept = table[np.isfinite(table["logit"])]  # a copy: the samplers take logarithms of what -inf becomes
         return kept["id"], kept["logit"]
 
@@ -98,8 +94,6 @@ class Constraint:
         return int(array.data[array.selected].id)
 
     def _fill(self, ids: NDArray[np.int32], logits: Logits) -> Any:
-        import numpy as np
-
         layout = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
         table = np.frombuffer(self._candidates, dtype=layout, count=len(ids))
         table["id"], table["logit"], table["p"] = ids, logits, 0.0

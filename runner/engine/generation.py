@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from models.native import Vocabulary
+from models.native import ATTR_USER_DEFINED, Vocabulary
 from runner.engine.context import Cancelled, Context
 from runner.engine.logprobs import token_logprobs
 from runner.engine.protocol import FinishReason, GenerationChunk, GenerationStats, Sampling, TokenLogprobs
@@ -16,6 +16,7 @@ from runner.engine.sampler import Sampler
 from runner.engine.speculation import Draft, Speculation
 from runner.engine.stops import StopFilter
 from runner.engine.text_stream import TextStream
+from runner.thinking import ThoughtFilter, ThoughtMarks
 
 DIRECT_BELOW = 0.15
 """Seconds. A step quicker than this runs in the calling thread: Ctrl-C can wait that long, and waking another
@@ -29,6 +30,42 @@ class Run(Protocol):
 
 
 @dataclass(frozen=True)
+class Thinking:
+    """What a reply's thought looks like in tokens."""
+
+    marks: ThoughtMarks
+    inside: bool
+    """Whether the prompt has opened the thought."""
+    shown: frozenset[int]
+    """Tokens of the marks that have no text otherwise."""
+    opening: int | None
+    """The token that a thought begins with, if no answer can begin with it."""
+    closing: Sequence[int]
+
+
+def thinking_after(tokens: Sequence[int], marks: ThoughtMarks | None, vocabulary: Vocabulary) -> Thinking | None:
+    """How a thought looks in the reply to the prompt `tokens`; None for a model that has none."""
+    if marks is None:
+        return None
+    ids = {
+        mark: vocabulary.tokenize(mark, add_special=False, parse_special=True)
+        for mark in (marks.opens, marks.closes, marks.answers, marks.closes + marks.after)
+        if mark
+    }
+    control = {token for row in ids.values() for token in row if not vocabulary.piece(token)}
+    end = b"".join(vocabulary.piece(token, special=True) for token in tokens[-16:]).rstrip()
+    first = ids[marks.opens][0]
+    own = first in control or vocabulary.attributes(first) & ATTR_USER_DEFINED
+    return Thinking(
+        marks,
+        inside=end.endswith(marks.opens.rstrip().encode()),
+        shown=frozenset(control),
+        opening=first if own else None,
+        closing=ids[marks.closes + marks.after],
+    )
+
+
+@dataclass(frozen=True)
 class Request:
     """What is to be continued."""
 
@@ -38,6 +75,7 @@ class Request:
     """Places in `tokens` where later requests may part from this one."""
     shift_after: int | None = None
     """With a full context go on without the oldest tokens after so many; None: the reply ends."""
+    thinking: Thinking | None = None
 
 
 def reply(
@@ -52,10 +90,11 @@ def reply(
 
     `recall` brings the context near the prompt and says how many of its tokens are held then.
     """
-    tokens, sampling = request.tokens, request.sampling
+    tokens, sampling, thinking = request.tokens, request.sampling, request.thinking
     stats = GenerationStats(prompt_tokens=len(tokens))
     finish: FinishReason = "stop"
     stream, stops = TextStream(), StopFilter(sampling.stop)
+    thoughts = ThoughtFilter(thinking.marks, inside=thinking.inside) if thinking else ThoughtFilter(None)
 
     def prefill() -> int:
         held = recall(tokens)
@@ -64,6 +103,7 @@ def reply(
 
     with closing(run(lambda: Sampler(sampling, vocabulary, tokens), direct=True)) as sampler:
         steps = Steps(context, vocabulary, sampler, speculation, run, sampling.logprobs)
+        sampler.begin(thoughts.inside, thinking.opening if thinking and thoughts.undecided else None)
         began = time.perf_counter()
         try:
             cached = run(prefill, direct=False)
@@ -71,13 +111,29 @@ def reply(
             steps.begin(tokens)
             began = time.perf_counter()
             while True:
-                token, piece = steps.pick()
+                if thinking and thoughts.inside and stats.thought_tokens == sampling.think_budget:
+                    steps.force(thinking.closing)
+                token, piece = steps.pick(thinking.shown if thinking else ())
                 stats = steps.counted(replace(stats, generate_seconds=stats.generate_seconds + _since(began)))
                 if piece is None:
                     break
-                stats = replace(stats, generated_tokens=stats.generated_tokens + 1)
-                text = stops.feed(stream.feed(piece))
-                yield GenerationChunk(text, token, stats, logprobs=steps.logprobs)
+                was_inside = thoughts.inside
+                thought, answer = thoughts.feed(stream.feed(piece))
+                stats = replace(
+                    stats,
+                    generated_tokens=stats.generated_tokens + 1,
+                    thought_tokens=stats.thought_tokens + (was_inside and thoughts.inside),
+                )
+                if not (thoughts.inside or thoughts.undecided):
+                    sampler.constrained = True
+                yield GenerationChunk(
+                    stops.feed(answer),
+                    token,
+                    stats,
+                    logprobs=steps.logprobs,
+                    thought=thought,
+                    thinking=thoughts.thinking,
+                )
                 began = time.perf_counter()
                 if stops.stopped:
                     break
@@ -93,7 +149,8 @@ def reply(
         except Cancelled:
             finish = "cancelled"
         steps.settle()
-        yield GenerationChunk(stops.flush(), None, stats, finish)
+        thought, answer = thoughts.flush()
+        yield GenerationChunk(stops.feed(answer) + stops.flush(), None, stats, finish, thought=thought)
 
 
 def _since(began: float) -> float:
@@ -122,6 +179,7 @@ class Steps:
         self._row = -1
         self._seconds = DIRECT_BELOW
         self._drafted = self._accepted = 0
+        self._forced: list[int] = []
 
     def begin(self, tokens: Sequence[int]) -> None:
         if self._speculation is not None:
@@ -135,21 +193,30 @@ class Steps:
     def counted(self, stats: GenerationStats) -> GenerationStats:
         return replace(stats, drafted_tokens=self._drafted, accepted_tokens=self._accepted)
 
-    def pick(self) -> tuple[int, bytes | None]:
-        """The next token, and its bytes: None for one that ends the reply."""
-        token, piece = self._run(self._pick, direct=True)
+    def force(self, tokens: Sequence[int]) -> None:
+        """Let these come next, whatever the model would say."""
+        self._forced = self._forced or list(tokens)
+
+    def pick(self, shown: Collection[int] = ()) -> tuple[int, bytes | None]:
+        """The next token, and its bytes: None for one that ends the reply. Those of `shown` have their text too."""
+        token, piece = self._run(lambda: self._pick(shown), direct=True)
         if self._speculation is not None:
             self._speculation.add(token)
         return token, piece
 
-    def _pick(self) -> tuple[int, bytes | None]:
+    def _pick(self, shown: Collection[int]) -> tuple[int, bytes | None]:
         logits = self._context.logits(self._row)
-        if self._sampler.is_plain:
+        if self._forced:
+            token = self._forced.pop(0)
+            self._sampler.accept(token)
+        elif self._sampler.is_plain:
             token = int(logits.argmax())
         else:
             token = self._sampler.sample(self._context.pointer, self._row)
         if self._n_logprobs is not None:
             self.logprobs = token_logprobs(logits, token, self._n_logprobs)
+        if token in shown:
+            return token, self._vocabulary.piece(token, special=True)
         return token, None if self._vocabulary.is_eog(token) else self._vocabulary.piece(token)
 
     def compute(self, token: int, left: int | None) -> None:

@@ -20,15 +20,16 @@ from models import native
 from models.errors import ContextOverflow, GenerationError
 from models.gguf_file import GgufFile
 from models.text import printable
-from runner.engine.branches import Branches
+from runner.engine.branches import NO_TOKEN, Branches
 from runner.engine.context import Context
-from runner.engine.generation import Request, reply
+from runner.engine.generation import Request, reply, thinking_after
 from runner.engine.loading import Loaded, load_file
 from runner.engine.normalize import nfc, normalizes
 from runner.engine.protocol import GenerationChunk, LoadOptions, LoadProgress, Message, ModelInfo, Sampling
 from runner.engine.recommended import recommended_sampling
 from runner.engine.state_files import WORTH_STORING
 from runner.prompt import PromptEncoder
+from runner.thinking import find_marks
 
 Result = TypeVar("Result")
 
@@ -59,6 +60,7 @@ class LocalEngine:
             normalize=nfc if self._nfc else lambda text: text,
             parse_special=options.parse_special,
         )
+        self._thought_marks = find_marks(loaded.metadata.get("tokenizer.chat_template", ""))
         self._branches = Branches(loaded.context, loaded.branch_bytes)
         self._states = loaded.states
         self._waits = options.when_busy == "wait"
@@ -98,18 +100,28 @@ class LocalEngine:
         self._check_open()
         return self._prompts.encode_text(text)
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Message], *, think: bool | None = None) -> list[int]:
         """Tokens of a conversation up to where the assistant speaks. Raises TemplateError."""
         self._check_open()
-        return self._prompts.encode_chat(messages)
+        return self._prompts.encode_chat(messages, think)
 
     def chat(
         self, messages: Sequence[Message], sampling: Sampling | None = None, *, shift: bool = False
     ) -> Iterator[GenerationChunk]:
         """The assistant's next turn; see the protocol. Raises TemplateError, ContextOverflow, GenerationError."""
-        tokens = self.encode_chat(messages)
-        marks = self._prompts.marks(messages, tokens) if shift or self._context.needs_checkpoints else set()
-        return self.generate(tokens, sampling, marks=marks, shift_after=min(marks, default=0) if shift else None)
+        sampling = sampling or self.default_sampling
+        think = sampling.think
+        tokens = self.encode_chat(messages, think=think)
+        marks = self._prompts.marks(messages, tokens, think) if shift or self._context.needs_checkpoints else set()
+        return self._checked(
+            Request(
+                tokens,
+                sampling,
+                marks,
+                shift_after=min(marks, default=0) if shift else None,
+                thinking=thinking_after(tokens, self._thought_marks, self._vocabulary),
+            )
+        )
 
     def generate(
         self,
@@ -119,7 +131,11 @@ class LocalEngine:
         marks: Collection[int] = (),
         shift_after: int | None = None,
     ) -> Iterator[GenerationChunk]:
-        """Continue `tokens`; see the protocol. Raises ContextOverflow, GenerationError."""
+        """Continue `tokens`; see the protocol, and `Request`. Raises ContextOverflow, GenerationError."""
+        return self._checked(Request(list(tokens), sampling or self.default_sampling, marks, shift_after))
+
+    def _checked(self, request: Request) -> Iterator[GenerationChunk]:
+        tokens = request.tokens
         self._check_open()
         if not self._waits:
             self._turn.check_free()
@@ -135,7 +151,7 @@ class LocalEngine:
         wrong = next((token for token in tokens if not 0 <= token < self._vocabulary.n_tokens), None)
         if wrong is not None:
             raise GenerationError(f"token {wrong} is outside the vocabulary of {self._vocabulary.n_tokens}")
-        return self._generate(Request(list(tokens), sampling or self.default_sampling, marks, shift_after))
+        return self._generate(request)
 
     def _generate(self, request: Request) -> Iterator[GenerationChunk]:
         with self._turn.taken(wait=self._waits):
@@ -158,7 +174,7 @@ class LocalEngine:
 
     def _keep_on_disk(self) -> None:
         """Leave what is held to later processes, unless that is little more than they have already."""
-        held = [*self._context.held, -1]
+        held = [*self._context.held, NO_TOKEN]
         if self._states is None or len(held) <= WORTH_STORING:
             return
         there = [self._context.keepable_of(s.without_data(), held) for s in self._states.stored()]

@@ -68,8 +68,13 @@ class Sampling:
     grammar: str | None = None
     """GBNF. Only what it allows is picked, and the reply ends where it does."""
     stop: tuple[str, ...] = ()
+    """Texts before which the reply ends, in the answer, not in a thought."""
     logprobs: int | None = None
     """With each token its log probability and those of this many best ones; None: not even its own."""
+    think: bool | None = None
+    """Whether the model thinks before it answers, by its template's own switch; None: as the template has it."""
+    think_budget: int | None = None
+    """Tokens of thought after which the answer is made to begin."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,8 @@ class GenerationStats:
     """Of those drafted, how many came out right and so cost no step of their own."""
     shifted_tokens: int = 0
     """Of prompt and reply, the oldest that went to make room for more."""
+    thought_tokens: int = 0
+    """Of those generated, how many the thought took."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -104,8 +111,9 @@ class TokenLogprobs:
 class GenerationChunk:
     """A piece of a reply.
 
-    `text` holds whole characters only and may be empty. `token` is None in the last chunk, which carries
-    `finish_reason`; the end-of-generation token itself never comes out.
+    `text` is of the answer, `thought` of what the model thinks before it. Both hold whole characters only and may be
+    empty. `token` is None in the last chunk, which carries `finish_reason`; the end-of-generation token itself never
+    comes out.
     """
 
     text: str
@@ -113,6 +121,9 @@ class GenerationChunk:
     stats: GenerationStats = field(default_factory=GenerationStats)
     finish_reason: FinishReason | None = None
     logprobs: TokenLogprobs | None = None
+    thought: str = ""
+    thinking: bool = False
+    """Whether the token comes before the answer: of the thought, or of the marks around it."""
 
 
 @dataclass(frozen=True)
@@ -151,10 +162,10 @@ class Engine(Protocol):
         """Tokens of a text to be continued, as transformers gives them (with BOS where the model wants it)."""
         ...
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Message], *, think: bool | None = None) -> list[int]:
         """Tokens of a conversation up to where the assistant speaks, through the model's own template.
 
-        Raises TemplateError.
+        `think` as in `Sampling`. Raises TemplateError.
         """
         ...
 

@@ -35,6 +35,7 @@ class Sampler:
         self._constraint = Constraint(sampling.grammar, vocabulary) if sampling.grammar is not None else None
         self.constrained = True
         """Whether the grammar is in force: not while a model thinks. Without a grammar it means nothing."""
+        self._opening: int | None = None
         try:
             self._chain = self._lib.llama_sampler_chain_init(self._lib.llama_sampler_chain_default_params())
             parts = _samplers(self._lib, sampling, vocabulary)
@@ -49,6 +50,10 @@ class Sampler:
         for token in prompt[-window:] if window else ():
             self._lib.llama_sampler_accept(self._chain, token)
 
+    def begin(self, thinking: bool, opening: int | None) -> None:
+        """A reply begins: within a thought, for which the grammar is not, or perhaps with the token that opens one."""
+        self.constrained, self._opening = not thinking, opening
+
     def sample(self, context: Any, index: int = -1) -> int:
         """The next token, from output row `index` of the last batch of a `llama_context *`; it counts as said.
 
@@ -57,14 +62,16 @@ class Sampler:
         if self._constraint is None or not self.constrained:
             token: int = self._lib.llama_sampler_sample(self._chain, context, index)
             return token
-        token = self._constraint.pick(self._chain, context, index)
+        token = self._constraint.pick(self._chain, context, index, self._opening)
+        self.constrained = token != self._opening
+        self._opening = None
+        if self.constrained:
+            self._constraint.accept(token)
         self.accept(token)
         return token
 
     def accept(self, token: int) -> None:
-        """Count a token as said that was not picked here. Raises GenerationError where the grammar refuses it."""
-        if self._constraint is not None and self.constrained:
-            self._constraint.accept(token)
+        """Count a token as said that was not picked here, and that no grammar looks at."""
         self._lib.llama_sampler_accept(self._chain, token)
 
     def close(self) -> None:

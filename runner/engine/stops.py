@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from runner.engine.text_stream import overlap
+
 
 class StopFilter:
     """Passes text on, up to the first of `stops`; what may be the beginning of one waits until it is known.
@@ -26,7 +28,7 @@ class StopFilter:
             end, length = min(ends)
             shown, self._waiting, self.stopped = self._waiting[: end + length], "", True
             return shown
-        keep = max(_overlap(self._waiting, stop) for stop in self._stops)
+        keep = max(overlap(self._waiting, stop) for stop in self._stops)
         shown = self._waiting[: len(self._waiting) - keep]
         self._waiting = self._waiting[len(shown) :]
         return shown
@@ -35,8 +37,3 @@ class StopFilter:
         """What still waits, at the end of a reply."""
         waiting, self._waiting = self._waiting, ""
         return waiting
-
-
-def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` are a beginning of `stop`."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -25,6 +25,11 @@ def text_of(data: bytes) -> str:
     return TextStream().feed(data)
 
 
+def overlap(text: str, mark: str) -> int:
+    """How many characters at the end of `text` are a beginning of `mark`, and not all of it."""
+    return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)
+
+
 def shared_prefix(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens two sequences begin with together."""
     limit = min(len(one), len(other))
