@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import LibraryError, OutputError
+from models.files import write_json
 from models.gguf_parts import split_name
 from models.text import printable
 
@@ -234,21 +234,4 @@ def _read_state() -> dict[str, Any]:
 
 
 def _write_state(state: dict[str, Any]) -> None:
-    """Whole or not at all: another handmill may read it at any moment."""
-    path = home() / "state.json"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=".state-", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(state, file, indent=1)
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {printable(path)}: {error.strerror or error}",
-            hint="HANDMILL_HOME names another folder.",
-            path=path,
-        ) from error
+    write_json(home() / "state.json", state)

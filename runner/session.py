@@ -5,7 +5,7 @@ Knows nothing of terminals and nothing of llama.cpp.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Literal
 
 from models.errors import ContextOverflow, UsageError
@@ -25,7 +25,7 @@ class ChatSession:
     """One conversation with an engine. `sampling` may be replaced between turns; None is the model's own.
 
     `messages` is all that was said. What no longer fits the context is left out of what the model is given, and
-    `notify` hears of it in a line.
+    `notify` hears of it in a line. `keep` is given all of them after every turn, also one that was broken off.
     """
 
     def __init__(
@@ -36,12 +36,14 @@ class ChatSession:
         *,
         overflow: Overflow = "drop",
         notify: Callable[[str], None] = lambda text: None,
+        keep: Callable[[Sequence[Message]], None] = lambda messages: None,
     ) -> None:
         self.engine = engine
         self.sampling = sampling or engine.default_sampling
         self.messages: list[Message] = []
         self.last_stats = GenerationStats()
         self.notify = notify
+        self._keep = keep
         self._overflow = overflow
         self._left_out = self._used = self._at_most = 0
         self.set_system(system)
@@ -62,12 +64,16 @@ class ChatSession:
         self.messages = [Message("system", text), *turns] if text else turns
         self._at_most += len((text or "").encode())
 
-    def clear(self) -> None:
-        """Forget the turns; the system message stays."""
-        self.messages = [message for message in self.messages if message.role == "system"]
+    def resume(self, messages: Sequence[Message]) -> None:
+        """Go on with another conversation in place of this one."""
+        self.messages = list(messages)
         self.last_stats = GenerationStats()
         self._left_out = self._used = 0
-        self._at_most = len((self.system or "").encode())
+        self._at_most = sum(len(message.content.encode()) + _TEMPLATE_ROOM for message in messages)
+
+    def clear(self) -> None:
+        """Forget the turns; the system message stays."""
+        self.resume([message for message in self.messages if message.role == "system"])
 
     def undo(self) -> str:
         """Take back the last message and its reply; the message. Raises UsageError where there is none."""
@@ -110,10 +116,10 @@ class ChatSession:
                 complete = chunk.finish_reason not in (None, "cancelled")
                 if chunk.finish_reason is not None:
                     # Kept before the last chunk goes out: nobody has to ask for more to have it.
-                    self._keep(before, pieces, tokens, complete)
+                    self._end_turn(before, pieces, tokens, complete)
                 yield chunk
         except BaseException:
-            self._keep(before, pieces, tokens, complete)
+            self._end_turn(before, pieces, tokens, complete)
             raise
         finally:
             chunks.close()  # the engine is free again, whatever still holds this frame
@@ -166,11 +172,12 @@ class ChatSession:
             )
         return [*system, *turns[self._left_out :]]
 
-    def _keep(self, before: int, pieces: list[str], tokens: list[int], complete: bool) -> None:
+    def _end_turn(self, before: int, pieces: list[str], tokens: list[int], complete: bool) -> None:
         """End the turn that began at `before`; calling it again changes nothing."""
         if len(self.messages) != before + 1:
             return
         if tokens or complete:
             self.messages.append(Message("assistant", "".join(pieces), tuple(tokens)))
+            self._keep(self.messages)
         else:
             del self.messages[before:]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from models.errors import UsageError
 from models.text import printable
+from runner import conversations
 from runner.engine.protocol import Message
 
 if TYPE_CHECKING:
@@ -136,6 +137,22 @@ def _think(chat: Chat, argument: str) -> None:
     chat.say(f"Thinking: {said[session.sampling.think]}.")
 
 
+def _save(chat: Chat, argument: str) -> None:
+    if not argument:
+        raise UsageError("/save takes a name", hint="The last conversation is saved anyway: chat --resume.")
+    conversations.save(chat.session.messages, argument)
+    chat.say("The conversation is saved.")
+
+
+def _load(chat: Chat, argument: str) -> None:
+    if not argument:
+        chat.say("\n".join(conversations.names()) or "No conversation is saved.")
+        return
+    chat.session.resume(conversations.load(argument))
+    turns = sum(message.role == "user" for message in chat.session.messages)
+    chat.say(f"The conversation goes on after {turns} {'turn' if turns == 1 else 'turns'}.")
+
+
 def _exit(chat: Chat, _: str) -> None:
     chat.leave()
 
@@ -147,6 +164,8 @@ COMMANDS = (
     Command("undo", "take back the last message and its reply", _undo),
     Command("retry", "have the last message answered once more", _retry, aliases=("regen",)),
     Command("think", "have it think before it answers, or not; alone, show it", _think, argument="[on|off]"),
+    Command("save", "keep the conversation under a name", _save, argument="NAME"),
+    Command("load", "go on with one that was kept; alone, list them", _load, argument="[NAME]"),
     Command("exit", "leave", _exit, aliases=("quit", "q", "bye")),
 )
 

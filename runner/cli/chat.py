@@ -1,6 +1,7 @@
 """Talk with a model in the terminal.
 
-Where stdin is no terminal, each of its lines is a message and is answered on stdout.
+Where stdin is no terminal, each of its lines is a message and is answered on stdout. After every turn, also one that
+was broken off, the conversation is saved for --resume; /save and /load keep others.
 
 --json is for other programs: JSON lines in, JSON lines out. {"content": "..."} sends a message, {"command": "/undo"}
 runs a command of the chat. Out come {"thought": "..."} while a model thinks and {"delta": "..."} while it answers,
@@ -13,10 +14,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from models.errors import TemplateError
+from models.errors import HandmillError, TemplateError
 from runner.cli.loading import loaded_engine
 from runner.cli.options import add_load_options, add_output_options, add_sampling_options, sampling
+
+if TYPE_CHECKING:
+    from runner.engine.protocol import Message
+    from runner.session import ChatSession
 
 HELP = "talk, in the terminal"
 ORDER = 10
@@ -35,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="drop",
         help="a full context: leave out the oldest turns; let replies run on too; or stop (default: drop)",
     )
+    parser.add_argument("--resume", action="store_true", help="go on with the last conversation")
     add_sampling_options(parser)
     add_load_options(parser)
     add_output_options(parser)
@@ -47,9 +55,17 @@ def run(args: argparse.Namespace) -> int:
                 f"{engine.info.name} is a base model: it has no chat template, so it cannot take turns",
                 hint="`handmill run MODEL PROMPT` lets it continue a text.",
             )
+        from runner import conversations
         from runner.session import ChatSession
 
-        session = ChatSession(engine, args.system, sampling(args, engine.default_sampling), overflow=args.overflow)
+        settings = sampling(args, engine.default_sampling)
+        session = ChatSession(
+            engine, overflow=args.overflow, sampling=settings, keep=lambda said: _save(said, session)
+        )
+        if args.resume:
+            session.resume(conversations.load())
+        if args.system is not None:
+            session.set_system(args.system)
         if args.json:
             from runner.chat.lines import JsonChat
             from runner.cli.run import report
@@ -63,3 +79,13 @@ def run(args: argparse.Namespace) -> int:
         from runner.chat.app import ChatApp
 
         return ChatApp(session, engine, history=home() / "history").run()
+
+
+def _save(messages: Sequence[Message], session: ChatSession) -> None:
+    """Leave a conversation to --resume. A full disk must not end it."""
+    from runner import conversations
+
+    try:
+        conversations.save(messages)
+    except HandmillError as error:
+        session.notify(f"the conversation is not saved: {error}")
