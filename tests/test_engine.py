@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -137,24 +139,48 @@ def test_cancel_in_the_prefill_from_another_thread(starter_model: Path) -> None:
         assert text_of(continued(engine, short)).startswith(" Paris")
 
 
-def test_ctrl_c_while_it_computes(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens = engine.encode_text("The capital of France is")
-    expected = text_of(continued(engine, tokens))
-    from concurrent.futures import Future
+def signalled(number: signal.Signals, engine: LocalEngine, tokens: list[int]) -> list[GenerationChunk]:
+    """A reply in whose prefill the process gets a signal."""
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), number))
+    timer.start()
+    try:
+        return continued(engine, tokens)
+    finally:
+        timer.join()
 
-    real = Future.result
-    calls = iter(range(100))
 
-    def interrupted(self: Future[object], timeout: float | None = None) -> object:
-        if next(calls) == 1:
-            raise KeyboardInterrupt
-        return real(self, timeout)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Future, "result", interrupted)
+def test_ctrl_c_stops_a_prefill(starter_model: Path) -> None:
+    with load(starter_model, LoadOptions(context=4096, gpu_layers=0, cache=0)) as engine:
+        short, long = (
+            engine.encode_text("The capital of France is"),
+            engine.encode_text("one two three " * 2000)[:4000],
+        )
+        expected = text_of(continued(engine, short))
         with pytest.raises(KeyboardInterrupt):
-            continued(engine, tokens)
-    assert text_of(continued(engine, tokens)) == expected
+            signalled(signal.SIGINT, engine, long)
+        assert len(engine.measured()[0].held) < len(long)
+        # a handler that only takes note stops it, too, and runs once
+        seen: list[int] = []
+        before = signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
+        try:
+            assert [chunk.finish_reason for chunk in signalled(signal.SIGINT, engine, long)] == ["cancelled"]
+        finally:
+            signal.signal(signal.SIGINT, before)
+        assert seen == [signal.SIGINT]
+        assert text_of(continued(engine, short)) == expected
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="a signal of Unix")
+def test_other_signals_stop_nothing(starter_model: Path) -> None:
+    seen: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
+    try:
+        with load(starter_model, LoadOptions(context=1024, gpu_layers=0, cache=0)) as engine:
+            tokens = engine.encode_text("one two three " * 300)[:800]
+            assert signalled(signal.SIGUSR1, engine, tokens)[-1].finish_reason == "length"
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert seen == [signal.SIGUSR1]
 
 
 def test_an_iterator_left_alone_frees_the_engine(engine: LocalEngine) -> None:

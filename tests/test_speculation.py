@@ -46,7 +46,9 @@ def test_lookup_finds_nothing_where_nothing_came_before(tokens: list[int]) -> No
 def test_lookup_follows_what_repeats() -> None:
     lookup = Lookup()
     lookup.begin([4] * 10)
-    assert list(lookup.draft(2).tokens) == [4]  # as far as the text goes
+    assert list(lookup.draft(3).tokens) == [4, 4, 4]  # what is guessed goes on with what is guessed
+    lookup.begin([7, 8, 9] * 3)
+    assert list(lookup.draft(7).tokens) == [7, 8, 9, 7, 8, 9, 7]
     assert not lookup.draft(0).tokens
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from models import native
 from models.errors import GenerationError, LoadError
+from runner.engine.signals import aborting
 from runner.engine.text_stream import shared_prefix
 
 BATCH = 512
@@ -293,15 +294,16 @@ class Context:
         begin, end = len(self.held), len(self.held) + len(tokens)
         stops = sorted({n for n in marks if begin <= n < end}) if self.needs_checkpoints else []
         position = begin
-        for stop in [*stops, end]:
-            while position < stop:
-                if self._stop:
-                    raise Cancelled
-                step = min(BATCH, stop - position)
-                self._decode(tokens[position - begin : position - begin + step])
-                position += step
-            if stop in stops:
-                self.checkpoint()
+        with aborting(self.abort):
+            for stop in [*stops, end]:
+                while position < stop:
+                    if self._stop:
+                        raise Cancelled
+                    step = min(BATCH, stop - position)
+                    self._decode(tokens[position - begin : position - begin + step])
+                    position += step
+                if stop in stops:
+                    self.checkpoint()
 
     def advance(self, tokens: Sequence[int], *, interruptible: bool) -> None:
         """Compute at most MOST_OUTPUTS tokens, all of which have logits then: `logits(0)` and so on.
@@ -311,7 +313,11 @@ class Context:
         """
         if self._stop:
             raise Cancelled
-        self._interruptible = interruptible
+        if interruptible:
+            with aborting(self.abort):
+                self._decode(tokens, all_logits=True)
+            return
+        self._interruptible = False
         try:
             self._decode(tokens, all_logits=True)
         finally:

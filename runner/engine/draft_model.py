@@ -42,6 +42,7 @@ class DraftModel:
 
     def begin(self, tokens: Sequence[int]) -> None:
         self._tokens = list(tokens)
+        self._context.clear_abort()
 
     def add(self, token: int) -> None:
         self._tokens.append(token)

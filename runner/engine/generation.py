@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from models.native import ATTR_USER_DEFINED, Vocabulary
 from runner.engine.context import Cancelled, Context
@@ -18,15 +18,11 @@ from runner.engine.stops import StopFilter
 from runner.engine.text_stream import TextStream
 from runner.thinking import ThoughtFilter, ThoughtMarks
 
-DIRECT_BELOW = 0.15
-"""Seconds. A step quicker than this runs in the calling thread: Ctrl-C can wait that long, and waking another
-thread for every token costs a multiple of the computation on a busy machine."""
+QUICK = 0.15
+"""Seconds. Ctrl-C can wait for a step that takes less."""
 
-
-class Run(Protocol):
-    """Runs a piece of the computation: in the calling thread (`direct`), or so that Ctrl-C is heard meanwhile."""
-
-    def __call__(self, work: Callable[[], Any], *, direct: bool) -> Any: ...
+Run = Callable[[Callable[[], Any]], Any]
+"""Runs a piece of the computation while nothing else may."""
 
 
 @dataclass(frozen=True)
@@ -101,12 +97,12 @@ def reply(
         context.extend(tokens[held:], {*request.marks, len(tokens) - 1})
         return held
 
-    with closing(run(lambda: Sampler(sampling, vocabulary, tokens), direct=True)) as sampler:
+    with closing(run(lambda: Sampler(sampling, vocabulary, tokens))) as sampler:
         steps = Steps(context, vocabulary, sampler, speculation, run, sampling.logprobs)
         sampler.begin(thoughts.inside, thinking.opening if thinking and thoughts.undecided else None)
         began = time.perf_counter()
         try:
-            cached = run(prefill, direct=False)
+            cached = run(prefill)
             stats = replace(stats, cached_tokens=cached, prefill_seconds=time.perf_counter() - began)
             steps.begin(tokens)
             began = time.perf_counter()
@@ -177,7 +173,7 @@ class Steps:
         self._draft = Draft()
         self._right = 0
         self._row = -1
-        self._seconds = DIRECT_BELOW
+        self._seconds = QUICK
         self._drafted = self._accepted = 0
         self._forced: list[int] = []
 
@@ -199,7 +195,7 @@ class Steps:
 
     def pick(self, shown: Collection[int] = ()) -> tuple[int, bytes | None]:
         """The next token, and its bytes: None for one that ends the reply. Those of `shown` have their text too."""
-        token, piece = self._run(lambda: self._pick(shown), direct=True)
+        token, piece = self._run(lambda: self._pick(shown))
         if self._speculation is not None:
             self._speculation.add(token)
         return token, piece
@@ -233,10 +229,10 @@ class Steps:
             if self._speculation is None
             else self._speculation.draft(room if left is None else min(room, left))
         )
-        direct = self._seconds < DIRECT_BELOW
+        slow = self._seconds >= QUICK
         began = time.perf_counter()
         batch = [token, *draft.tokens]
-        self._run(lambda: self._context.advance(batch, interruptible=not direct), direct=direct)
+        self._run(lambda: self._context.advance(batch, interruptible=slow))
         self._seconds = _since(began)
         self._draft, self._right, self._row = draft, 0, 0
         self._drafted += len(draft.tokens)
@@ -247,7 +243,7 @@ class Steps:
         """Let the older half of what comes after the first `keep` tokens go; how many that were."""
         self.settle()
         n = (len(self._context.held) - keep) // 2
-        return n if self._run(lambda: self._context.shift(keep, n), direct=True) else 0
+        return n if self._run(lambda: self._context.shift(keep, n)) else 0
 
     def settle(self) -> None:
         """Take back what was drafted and did not come."""
@@ -255,6 +251,6 @@ class Steps:
         if not draft.tokens:
             return
         right, self._right = self._right, 0
-        self._run(lambda: self._context.truncate(len(self._context.held) - len(draft.tokens) + right), direct=True)
+        self._run(lambda: self._context.truncate(len(self._context.held) - len(draft.tokens) + right))
         if self._speculation is not None:
             self._speculation.learn(draft, right, self._seconds)

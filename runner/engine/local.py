@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import threading
-import time
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -45,8 +43,8 @@ def load(path: Path, options: LoadOptions | None = None, progress: LoadProgress 
 class LocalEngine:
     """A model loaded in this process. One generation at a time; `cancel` and `close` may come from any thread.
 
-    What takes long runs in a worker thread, so that the thread which iterates stays open to Ctrl-C: interrupted,
-    it stops the computation within milliseconds and leaves the engine usable.
+    All is computed in the thread that iterates. Ctrl-C there stops the computation within milliseconds and leaves the
+    engine usable.
     """
 
     def __init__(self, loaded: Loaded, options: LoadOptions) -> None:
@@ -64,11 +62,10 @@ class LocalEngine:
         self._branches = Branches(loaded.context, loaded.branch_bytes)
         self._states = loaded.states
         self._waits = options.when_busy == "wait"
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="handmill-engine")
         self._turn = _Turn()
         self._native = threading.RLock()  # held while llama.cpp computes: close() waits for that
         self._closed = False
-        self._free = weakref.finalize(self, _free, loaded, self._worker)
+        self._free = weakref.finalize(self, _free, loaded)
         lib = native.library()
         self._info = ModelInfo(
             path=loaded.gguf.path,
@@ -158,7 +155,7 @@ class LocalEngine:
             self._check_open()
             self._context.clear_abort()
             yield from reply(
-                self._context, self._vocabulary, self._recall, self._loaded.speculation, request, self._run
+                self._context, self._vocabulary, self._recall, self._loaded.speculation, request, self._locked
             )
 
     def _recall(self, tokens: Sequence[int]) -> int:
@@ -181,24 +178,6 @@ class LocalEngine:
         if len(held) - max(there, default=0) > WORTH_STORING and (snapshot := self._context.snapshot()):
             with suppress(OSError):  # a full disk costs the next start time, nothing else
                 self._states.write(snapshot)
-
-    def _run(self, work: Callable[[], Result], *, direct: bool) -> Result:
-        """`work`, in the worker thread if not `direct`. What reaches the waiting thread, such as Ctrl-C, stops it."""
-        if direct:
-            return self._locked(work)
-        future: Future[Result] = self._worker.submit(self._locked, work)
-        try:
-            while True:
-                try:
-                    return future.result(0.2)  # on Windows only a wait that ends lets Ctrl-C through
-                except TimeoutError:
-                    if future.done():
-                        return future.result()
-        except BaseException:
-            self._context.abort()
-            while not future.done():
-                time.sleep(0.001)
-            raise
 
     def _locked(self, work: Callable[[], Result]) -> Result:
         with self._native:
@@ -265,9 +244,8 @@ class _Turn:
         self._lock.release()
 
 
-def _free(loaded: Loaded, worker: ThreadPoolExecutor) -> None:
+def _free(loaded: Loaded) -> None:
     loaded.context.abort()
-    worker.shutdown(wait=False)
     loaded.context.close()
     if loaded.speculation is not None:
         loaded.speculation.drafter.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle, islice
 
 from runner.engine.speculation import Draft
 
@@ -50,7 +51,8 @@ class Lookup:
                 place, length = candidate, matched
         if not length:
             return Draft()
-        guessed = tokens[place : place + most]
+        # Where the text has come round to itself, what is guessed goes on with what is guessed.
+        guessed = list(islice(cycle(tokens[place:]), most))
         return Draft(guessed, [_kind(length + i) for i in range(len(guessed))])
 
     def close(self) -> None: ...
