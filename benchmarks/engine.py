@@ -4,8 +4,9 @@
 
 `speed`: `handmill bench` beside llama-bench: 512 tokens of prompt, 128 generated. `first`: from the start of the
 process to the first byte of the reply, beside llama-completion with the very same prompt. `draft`: a page of code
-repeated, plain, with lookup, and by llama-lookup. `restore`: 4,000 tokens computed, and taken from disk by the next
-process. What is compared is medians, and the median of the ratios of a round: these hold where a machine is noisy.
+repeated, and free text: plain, with lookup, and by llama-lookup. `restore`: 4,000 tokens computed, and taken from disk
+by the next process. What is compared is medians, and the median of the ratios of a round: these hold where a machine
+is noisy.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from scripts.build_peer import BINARIES, peer_folder
 
 _CODE = "\n".join((Path(__file__).parent.parent / "runner/engine/memory.py").read_text("utf-8").splitlines()[:45])
 _REPEAT = f"Repeat this Python code exactly as it is, with no change:\n```python\n{_CODE}\n```"
+_FREE = "Write a story about a miller who finds a letter in a sack of flour. Be inventive, and never repeat yourself."
 _QUESTION = "Name three rivers."
 Rates = dict[str, float]
 
@@ -91,26 +93,28 @@ def _first(model: Path, rounds: int) -> None:
 def _draft(model: Path, rounds: int) -> None:
     n = 300
     greedy = Sampling(temperature=0.0, max_tokens=n)
-    rates: dict[str, list[float]] = {"plain": [], "lookup": [], "llama-lookup": []}
+    rates: dict[str, dict[str, list[float]]] = {}
     with (
         load(model, LoadOptions(cache=0, speculate=False)) as plain,
         load(model, LoadOptions(cache=0)) as drafting,
         tempfile.TemporaryDirectory() as folder,
     ):
-        tokens = plain.encode_chat([Message("user", _REPEAT)])
-        prompt = Path(folder, "prompt.txt")
-        prompt.write_text(_text(model, tokens), encoding="utf-8")
-        command = [_tool("llama-lookup"), "-m", str(model), "-f", str(prompt), "-n", str(n), "--temp", "0"]
+        command = [_tool("llama-lookup"), "-m", str(model), "-n", str(n), "--temp", "0"]
         command += ["-t", str(default_threads()), "-c", "2048"]
-        for _ in range(rounds):
-            for name, engine in (("plain", plain), ("lookup", drafting)):
-                last = list(engine.generate(tokens, greedy))[-1]
-                rates[name].append(last.stats.tokens_per_second)
-            said = re.search(r"decoded .* speed:\s*([\d.]+)", _output(command, both=True))
-            rates["llama-lookup"].append(float(said[1]) if said else float("nan"))
-    for name, values in rates.items():
-        ratio = statistics.median(v / p for v, p in zip(values, rates["plain"], strict=True))
-        print(f"  {name:<13} {statistics.median(values):7.1f} tok/s   {ratio:.2f} of plain", flush=True)
+        for text, question in (("code repeated", _REPEAT), ("free text", _FREE)):
+            tokens = plain.encode_chat([Message("user", question)])
+            prompt = Path(folder, "prompt.txt")
+            prompt.write_text(_text(model, tokens), encoding="utf-8")
+            found = rates[text] = {"plain": [], "lookup": [], "llama-lookup": []}
+            for _ in range(rounds):
+                for name, engine in (("plain", plain), ("lookup", drafting)):
+                    found[name].append(list(engine.generate(tokens, greedy))[-1].stats.tokens_per_second)
+                said = re.search(r"decoded .* speed:\s*([\d.]+)", _output([*command, "-f", str(prompt)], both=True))
+                found["llama-lookup"].append(float(said[1]) if said else float("nan"))
+    for text, found in rates.items():
+        for name, values in found.items():
+            ratio = statistics.median(v / p for v, p in zip(values, found["plain"], strict=True))
+            print(f"  {text:<14} {name:<13} {statistics.median(values):7.1f} tok/s   {ratio:.2f} of plain", flush=True)
 
 
 def _restore(model: Path, rounds: int) -> None:
