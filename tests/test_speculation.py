@@ -167,6 +167,71 @@ def test_sampled_replies_are_the_same(kind: str, tmp_path: Path, monkeypatch: py
     assert same >= 36
 
 
+class Knowing(Always):
+    """Guesses a text that is known, with every fifth token wrong."""
+
+    def __init__(self, text: Sequence[int]) -> None:
+        self._text, self._at = text, 0
+
+    def begin(self, tokens: Sequence[int]) -> None:
+        self._at = 0
+
+    def add(self, token: int) -> None:
+        self._at += 1
+
+    def draft(self, most: int) -> Draft:
+        at = self._at
+        tokens = [token if i % 5 else token ^ 1 for i, token in enumerate(self._text[at : at + most], start=at)]
+        return Draft(tokens, [0] * len(tokens))
+
+
+@pytest.mark.usefixtures("eager")
+def test_replies_of_a_hybrid_model_are_the_same(tmp_path: Path) -> None:
+    drafted = same = 0
+    with load(write_model("hybrid", tmp_path), replace(OPTIONS, kv_types=("f32", "f32"))) as engine:
+        prompt = [5, 6, 7, 8, 9, 10] * 12
+        for seed in range(20):
+            sampling = Sampling(temperature=1.0, top_k=3, top_p=1.0, min_p=0.0, seed=seed, max_tokens=50)
+            plain, _ = ids(engine, prompt, sampling, speculate=False)
+            engine._loaded.speculation = Speculation(Knowing(plain), BatchSeconds(slope=0.1))
+            ours, accepted = ids(engine, prompt, sampling, speculate=True)
+            same += ours == plain
+            drafted += accepted
+    assert drafted > 300
+    assert same >= 18
+
+
+def test_a_state_goes_back_over_what_was_on_trial(tmp_path: Path) -> None:
+    with load(write_model("hybrid", tmp_path), OPTIONS) as engine, load(tmp_path / "hybrid.gguf", OPTIONS) as other:
+        context, fresh = engine._context, other._context
+        assert context.most_drafted == 7
+        held = [*range(5, 60)]
+        context.extend(held)
+        for back in (3, 7, 1, 0, 5):
+            batch = [100 + back, *range(70, 77)]
+            context.advance(batch, interruptible=False)
+            context.truncate(len(context.held) - back)
+            held += batch[: len(batch) - back]
+            assert context.held == held
+            context.advance([200], interruptible=False)
+            held.append(200)
+            fresh.clear()
+            fresh.extend(held)
+            ours, theirs = context.logits(0).astype(float), fresh.logits().astype(float)
+            assert float(ours @ theirs / np.linalg.norm(ours) / np.linalg.norm(theirs)) > 0.99999
+        # only over the last batch, and once: then as ever, to a checkpoint
+        context.advance([7, 8, 9, 10], interruptible=False)
+        context.truncate(len(context.held) - 2)
+        context.truncate(len(context.held) - 1)
+        assert context.held == []
+
+
+def test_a_state_without_copies_is_never_on_trial(tmp_path: Path) -> None:
+    with load(write_model("recurrent", tmp_path), OPTIONS) as engine:  # Mamba: llama.cpp keeps none for it
+        assert engine._context.most_drafted == 0
+        assert engine._loaded.speculation is None
+
+
 @pytest.mark.usefixtures("eager")
 def test_greedy_replies_part_only_within_the_noise_of_batches(starter_model: Path) -> None:
     with load(starter_model, OPTIONS) as engine:

@@ -43,7 +43,7 @@ class Memory(Enum):
 
     CUTTABLE = "every token has cells of its own: to any token"
     WINDOW = "some layers keep the last tokens only: while none is missing that would be looked at again"
-    STATE = "a state that each token overwrites: not at all"
+    STATE = "a state that each token overwrites: not at all, but for tokens on trial"
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,8 @@ class ContextOptions:
     type_v: int = 1
     whole_window: bool = False
     """Keep every token in the layers that look back a window only."""
+    rollback: int = 0
+    """Of a state that each token overwrites, copies for so many tokens back, where llama.cpp can keep them."""
 
 
 class Context:
@@ -109,6 +111,7 @@ class Context:
         params.n_threads, params.n_threads_batch = options.threads, options.batch_threads
         params.type_k, params.type_v = options.type_k, options.type_v
         params.swa_full = options.whole_window
+        params.n_rs_seq = options.rollback
         params.no_perf = True
         params.abort_callback = self._abort_callback
         params.abort_callback_data = ctypes.cast(self._flag, ctypes.c_void_p)
@@ -131,6 +134,13 @@ class Context:
             self.memory = Memory.STATE
         else:
             self.memory = Memory.WINDOW if self._n_swa else Memory.CUTTABLE
+        self.most_drafted = MOST_OUTPUTS - 1
+        """Tokens at most that may be computed on trial, and taken back at once."""
+        if self.memory is Memory.STATE:
+            # beside a window llama.cpp takes the state back, and not what slid out of the window
+            rollback = 0 if self._n_swa else int(lib.llama_n_rs_seq(self._context))
+            self.most_drafted = min(self.most_drafted, rollback)
+        self._on_trial = 0
         self.n_ctx = min(options.n_ctx, int(lib.llama_n_ctx(self._context)))  # llama.cpp rounds up
 
     # Stopping
@@ -179,7 +189,10 @@ class Context:
         """Keep the first `n` tokens, or, where the memory cannot be cut there, as many as a checkpoint holds."""
         if n >= len(self.held):
             return
-        if n > 0 and self._can_cut(self._first(), n) and self._remove_from(n):
+        # Copies of a state are those of the last batch, and good for one step back.
+        on_trial = len(self.held) - n <= self._on_trial
+        self._on_trial = 0
+        if n > 0 and (on_trial or self._can_cut(self._first(), n)) and self._remove_from(n):
             self._settle(n)
             return
         for point in sorted(self._checkpoints, key=lambda point: -point.n):
@@ -220,6 +233,7 @@ class Context:
 
     def clear(self) -> None:
         self._lib.llama_memory_clear(self._memory, True)
+        self._on_trial = 0
         self.held.clear()
         self._checkpoints.clear()
 
@@ -316,15 +330,17 @@ class Context:
         if interruptible:
             with aborting(self.abort):
                 self._decode(tokens, all_logits=True)
-            return
-        self._interruptible = False
-        try:
-            self._decode(tokens, all_logits=True)
-        finally:
-            self._interruptible = True
+        else:
+            self._interruptible = False
+            try:
+                self._decode(tokens, all_logits=True)
+            finally:
+                self._interruptible = True
+        if self.memory is Memory.STATE:
+            self._on_trial = min(len(tokens) - 1, self.most_drafted)
 
     def _decode(self, tokens: Sequence[int], *, all_logits: bool = False) -> None:
-        before = len(self.held)
+        before, self._on_trial = len(self.held), 0
         self.held.extend(tokens)
         batch = self._filled(tokens, before) if all_logits else None
         ids = (ctypes.c_int32 * len(tokens))(*tokens)

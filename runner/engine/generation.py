@@ -223,7 +223,7 @@ class Steps:
             self._row = self._right
             return
         self.settle()
-        room = self._context.n_ctx - len(self._context.held) - 1
+        room = min(self._context.n_ctx - len(self._context.held) - 1, self._context.most_drafted)
         draft = (
             Draft()
             if self._speculation is None

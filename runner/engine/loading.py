@@ -16,7 +16,7 @@ from models.native import Vocabulary
 from models.text import human_bytes
 from runner import devices, placement
 from runner.engine.adapters import apply_adapters
-from runner.engine.context import Context, ContextOptions, Memory
+from runner.engine.context import Context, ContextOptions
 from runner.engine.draft_model import DraftModel
 from runner.engine.lookup import Lookup
 from runner.engine.memory import available_memory
@@ -33,6 +33,7 @@ _SPARE_SHARE = 8
 _MOST_BRANCH_BYTES, _BRANCH_BYTES_UNKNOWN = 2 << 30, 256 << 20
 _BATCH_SLOPE_CPU, _BATCH_SLOPE_GPU = 0.5, 0.1
 """How much longer each further token of a small batch takes than one alone, until that is measured."""
+_ROLLBACKS = (7, 3)
 _MEMORY_FAILURE = ("unable to allocate", "failed to allocate", "out of memory", "failed to create context")
 
 
@@ -92,6 +93,7 @@ def load_file(path: Path, options: LoadOptions, progress: LoadProgress | None) -
         type_k=placement.KV_TYPES[options.kv_types[0]][0],
         type_v=placement.KV_TYPES[options.kv_types[1]][0],
         whole_window=whole_window,
+        rollback=_rollback(gguf, spare) if options.speculate or options.draft else 0,
     )
 
     layers = plan.gpu_layers
@@ -147,6 +149,15 @@ def _choose_window(gguf: GgufFile, n_ctx: int, options: LoadOptions, spare: int 
     return False, f"sliding window: only the window is kept (the whole would take {size}), with checkpoints"
 
 
+def _rollback(gguf: GgufFile, spare: int | None) -> int:
+    """Tokens that a recurrent model may compute on trial: each costs a copy of its state."""
+    arch = gguf.architecture
+    width, height = (gguf.integer(f"{arch}.ssm.{key}") or 0 for key in ("inner_size", "state_size"))
+    state = placement.block_count(gguf) * width * height * 4  # an upper bound: of every block, in F32
+    room = (spare or 0) // _SPARE_SHARE
+    return next((n for n in _ROLLBACKS if n * state <= room), 0)
+
+
 def _states(path: Path, options: LoadOptions, settings: ContextOptions) -> StateFiles | None:
     limit = DEFAULT_LIMIT if options.cache is None else options.cache
     if limit == 0:
@@ -166,9 +177,9 @@ def _speculation(
     options: LoadOptions, context: Context, vocabulary: Vocabulary, gpu_layers: int
 ) -> Speculation | None:
     """Guessing what comes next, where a guess that was wrong can be taken back."""
-    if context.memory is Memory.STATE:
+    if not context.most_drafted:
         if options.draft is not None:
-            raise LoadError("--draft is for models whose memory can be cut, and this one is recurrent")
+            raise LoadError("--draft is for models whose memory can be cut, and this one's cannot: it is recurrent")
         return None
     seconds = BatchSeconds(_BATCH_SLOPE_GPU if gpu_layers else _BATCH_SLOPE_CPU)
     if options.draft is None:
