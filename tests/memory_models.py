@@ -8,6 +8,7 @@ import numpy as np
 
 from convert.converter import convert_checkpoint
 from convert.file_types import file_type
+from runner.engine.context import Context
 from tests.checkpoints import Json, Tensors, tiny_config, tiny_tensors, write_json, write_shards, write_tiny_tokenizer
 
 KINDS = ("dense", "window", "recurrent", "hybrid")
@@ -144,3 +145,25 @@ def _hybrid() -> tuple[Json, Tensors]:
             shapes |= {f"{at}.self_attn.{part}_proj.weight": (32, 64) for part in "kv"}
             shapes |= {f"{at}.self_attn.{part}_layernorm.weight": (16,) for part in "qk"}
     return config, _random(shapes)
+
+
+def assert_taken_back(context: Context) -> None:
+    """Tokens on trial that are taken back leave what computing the others afresh does."""
+    held = [*range(5, 60)]
+    rows = []
+    context.clear()
+    context.extend(held)
+    for back in (3, context.most_drafted, 1, 0, 2):
+        batch = [100 + back, *range(70, 70 + context.most_drafted)]
+        context.advance(batch, interruptible=False)
+        context.truncate(len(context.held) - back)
+        held += batch[: len(batch) - back]
+        assert context.held == held
+        context.advance([200], interruptible=False)
+        held.append(200)
+        rows.append((len(held), context.logits(0).astype(float)))
+    for n, ours in rows:
+        context.clear()
+        context.extend(held[:n])
+        fresh = context.logits().astype(float)
+        assert float(ours @ fresh / np.linalg.norm(ours) / np.linalg.norm(fresh)) > 0.99999
