@@ -11,7 +11,7 @@ import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,18 @@ _LIBC = ctypes.cdll.msvcrt if sys.platform == "win32" else ctypes.CDLL(None)
 _WHOLE, _PARTIAL = 0, 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 
 State = NDArray[np.uint8]
+
+
+class Follower(Protocol):
+    """Something that has to see all that a context computes."""
+
+    def follow(self, tokens: Sequence[int], position: int) -> None:
+        """`tokens` were computed, the first of them at `position`."""
+        ...
+
+    def forget(self) -> None:
+        """What was computed before is gone, or has another place."""
+        ...
 
 
 class Cancelled(Exception):
@@ -95,6 +107,7 @@ class Context:
         lib = native.library()
         self._lib = lib
         self.held: list[int] = []
+        self.follower: Follower | None = None
         self.threads = options.threads
         self._checkpoints: list[Checkpoint] = []
         self._rows: dict[int, NDArray[np.float32]] = {}
@@ -229,13 +242,19 @@ class Context:
             return False
         self._lib.llama_memory_seq_add(self._memory, 0, end, -1, -n)
         del self.held[start:end]
+        self._forget()
         return True
 
     def clear(self) -> None:
         self._lib.llama_memory_clear(self._memory, True)
         self._on_trial = 0
+        self._forget()
         self.held.clear()
         self._checkpoints.clear()
+
+    def _forget(self) -> None:
+        if self.follower is not None:
+            self.follower.forget()
 
     # Keeping
 
@@ -353,6 +372,8 @@ class Context:
             del self.held[self._lib.llama_memory_seq_pos_max(self._memory, 0) + 1 :]
             raise
         if status == 0:
+            if self.follower is not None:
+                self.follower.follow(tokens, before)
             return
         # What an interrupted batch left in the memory is unknown: cut it off, or drop everything.
         if before == 0:

@@ -20,6 +20,7 @@ from runner.engine.context import Context, ContextOptions
 from runner.engine.draft_model import DraftModel
 from runner.engine.lookup import Lookup
 from runner.engine.memory import available_memory
+from runner.engine.prediction_head import PredictionHead, has_prediction_head
 from runner.engine.protocol import LoadOptions, LoadProgress
 from runner.engine.speculation import BatchSeconds, Speculation
 from runner.engine.state_files import DEFAULT_LIMIT, StateFiles, model_key
@@ -96,11 +97,12 @@ def load_file(path: Path, options: LoadOptions, progress: LoadProgress | None) -
         rollback=_rollback(gguf, spare) if options.speculate or options.draft else 0,
     )
 
+    head = options.speculate and options.draft is None and has_prediction_head(gguf)
     layers = plan.gpu_layers
     remaining = placement.fewer_layers(layers)
     while True:
         try:
-            model, context = _attempt(path, layers, settings, options, progress)
+            model, context = _attempt(path, layers, settings, options, progress, head=head)
             break
         except LoadError as error:
             fewer = next(remaining, None)
@@ -113,6 +115,8 @@ def load_file(path: Path, options: LoadOptions, progress: LoadProgress | None) -
         vocabulary = Vocabulary(native.library().llama_model_get_vocab(model))
         metadata = native.model_metadata(model)
         speculation = _speculation(options, context, vocabulary, layers)
+        if head and speculation is not None:
+            speculation = Speculation(PredictionHead(model, context, settings), speculation.seconds)
     except BaseException:
         context.close()
         native.library().llama_model_free(model)
@@ -235,13 +239,20 @@ def _affordable(memory: int, per_token: int) -> int:
 
 
 def _attempt(
-    path: Path, gpu_layers: int, settings: ContextOptions, options: LoadOptions, progress: LoadProgress | None
+    path: Path,
+    gpu_layers: int,
+    settings: ContextOptions,
+    options: LoadOptions,
+    progress: LoadProgress | None,
+    *,
+    head: bool,
 ) -> tuple[Any, Context]:
     """One try. Raises LoadError; nothing stays in memory then."""
     lib = native.library()
     params = lib.llama_model_default_params() if gpu_layers else native.cpu_model_params()
     params.n_gpu_layers = gpu_layers
     params.load_mode = lib.LLAMA_LOAD_MODE_AUTO
+    params.load_mtp = head
     params.use_extra_bufts = options.repack and not _computes_with_amx()
     stopped = False
     failure: list[BaseException] = []
