@@ -19,7 +19,7 @@ from tests.family_checkpoints import make_checkpoint
 
 pytestmark = pytest.mark.parity
 
-OPTIONS = LoadOptions(context=512, gpu_layers=0, cache=0, kv_types=("f32", "f32"))
+OPTIONS = LoadOptions(context=512, gpu_layers=0, threads=1, cache=0, kv_types=("f32", "f32"))
 PROMPT = [*range(20, 90)]
 
 

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.parity
 def test_what_was_on_trial(name: str, most_drafted: int, tmp_path: Path, starter_model: Path) -> None:
     make_checkpoint(CASES[name], tmp_path / "checkpoint", starter_model)
     path = convert_checkpoint(tmp_path / "checkpoint", tmp_path / "ours.gguf", file_type("F32")).path
-    with load(path, LoadOptions(context=512, gpu_layers=0, cache=0, kv_types=("f32", "f32"))) as engine:
+    with load(path, LoadOptions(context=512, gpu_layers=0, threads=1, cache=0, kv_types=("f32", "f32"))) as engine:
         context = engine.measured()[0]
         assert context.most_drafted == most_drafted
         if most_drafted:

@@ -15,7 +15,7 @@ from convert.converter import convert_checkpoint
 from convert.file_types import file_type
 from models.errors import GenerationError
 from runner.engine import loading
-from runner.engine.branches import WORTH_KEEPING
+from runner.engine.branches import MOST_KEPT, WORTH_KEEPING
 from runner.engine.context import Cancelled, Memory
 from runner.engine.local import LocalEngine, load
 from runner.engine.protocol import LoadOptions, Message, Sampling
@@ -278,3 +278,16 @@ def test_a_shift_moves_positions_with_the_tokens(tmp_path: Path) -> None:
         rest = [*tokens[:20], *tokens[50:], 7]
         engine._context.extend([7])
         assert_as_fresh((engine, other), rest)
+
+
+def test_only_so_many_branches_are_kept(model_folder: Path) -> None:
+    path = model_folder / "dense.gguf"
+    if not path.exists():
+        write_model("dense", model_folder)
+    with load(path, OPTIONS) as engine:
+        for seed in range(MOST_KEPT + 8):
+            ask(engine, words(100 + seed, 2 * WORTH_KEEPING))
+        assert len(engine._branches._kept) == MOST_KEPT
+        # the oldest is gone, the newest is not
+        assert ask(engine, words(100, 2 * WORTH_KEEPING)) < WORTH_KEEPING
+        assert ask(engine, words(100 + MOST_KEPT + 6, 2 * WORTH_KEEPING)) == 2 * WORTH_KEEPING - 1

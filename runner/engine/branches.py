@@ -12,6 +12,8 @@ from runner.engine.context import Context, Snapshot
 
 WORTH_KEEPING = 64
 """Tokens. Fewer are computed again as quickly as the memory of a long conversation is copied."""
+MOST_KEPT = 32
+"""Every one of them is looked at for every request."""
 NO_TOKEN = -1
 """After all that a memory holds it stands for whatever comes next: what is kept must be able to go on from there."""
 
@@ -56,7 +58,7 @@ class Branches:
             return
         self._kept = [kept for kept in self._kept if not self._serves(snapshot, kept.tokens)]
         self._kept.append(snapshot)
-        while sum(kept.nbytes for kept in self._kept) > self._limit:
+        while len(self._kept) > MOST_KEPT or sum(kept.nbytes for kept in self._kept) > self._limit:
             del self._kept[0]
 
     def _serves(self, snapshot: Snapshot, held: Sequence[int]) -> bool:
