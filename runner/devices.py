@@ -13,6 +13,7 @@ from typing import Any, Literal
 from models import native
 from models.errors import LoadError
 from models.text import printable
+from runner.engine.memory import available_memory
 
 Kind = Literal["cpu", "gpu", "igpu", "accelerator", "other"]
 
@@ -21,19 +22,24 @@ _KINDS: dict[int, Kind] = {0: "cpu", 1: "gpu", 2: "igpu", 3: "accelerator"}
 _GPU_BACKENDS = ("CUDA", "HIP", "ROCm", "MUSA", "Vulkan", "Metal", "MTL", "SYCL", "CANN", "OpenCL", "WebGPU")
 """Names that a build's registry of a GPU backend may have. RPC is none: it has devices only when told of a server."""
 
+_endpoints: list[str] = []
 
 _REBUILD = 'CMAKE_ARGS="-DGGML_CUDA=ON -DGGML_RPC=ON" pip install --no-cache-dir --force-reinstall llama-cpp-python'
 
 
 @dataclass(frozen=True)
 class Device:
-    """One device. Bytes as it reports them itself; a CPU's `free` is often its total."""
+    """One device. `free` and `total` in bytes, as it reports them itself; of a CPU, what this process may take."""
 
     name: str
     description: str
     kind: Kind
     free: int
     total: int
+    backend: str = ""
+    """Such as "CPU", "CUDA", "RPC"."""
+    buffer_type: str = ""
+    """What llama.cpp's log calls its memory: of the device "RPC0", "RPC0[host:port]"."""
 
     @property
     def is_gpu(self) -> bool:
@@ -43,21 +49,45 @@ class Device:
 def devices() -> list[Device]:
     """All devices, in llama.cpp's order."""
     ggml, base = _ggml(), _base()
+
+    def text(function: str, pointer: int | None) -> str:
+        raw = getattr(base, function)(pointer) if pointer else None
+        return printable((raw or b"").decode("utf-8", "replace"))
+
     found = []
-    for index in range(ggml.ggml_backend_dev_count()):
-        pointer = ggml.ggml_backend_dev_get(index)
+    for pointer in pointers():
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         base.ggml_backend_dev_memory(pointer, ctypes.byref(free), ctypes.byref(total))
+        kind = _KINDS.get(base.ggml_backend_dev_type(pointer), "other")
+        # A CPU reports the machine's memory as free, and an accelerator beside it nothing.
+        available = available_memory() if kind == "cpu" else None
         found.append(
             Device(
-                name=printable(base.ggml_backend_dev_name(pointer).decode("utf-8", "replace")),
-                description=printable(base.ggml_backend_dev_description(pointer).decode("utf-8", "replace")),
-                kind=_KINDS.get(base.ggml_backend_dev_type(pointer), "other"),
-                free=free.value,
+                name=text("ggml_backend_dev_name", pointer),
+                description=text("ggml_backend_dev_description", pointer),
+                kind=kind,
+                free=free.value if available is None else min(free.value, available),
                 total=total.value,
+                backend=text("ggml_backend_reg_name", base.ggml_backend_dev_backend_reg(pointer)),
+                buffer_type=text("ggml_backend_buft_name", base.ggml_backend_dev_buffer_type(pointer)),
             )
         )
     return found
+
+
+def pointers() -> list[int]:
+    """The `ggml_backend_dev_t` of each of `devices()`, in the same order."""
+    ggml = _ggml()
+    return [ggml.ggml_backend_dev_get(index) for index in range(ggml.ggml_backend_dev_count())]
+
+
+def pointer_of(name: str) -> int:
+    """The `ggml_backend_dev_t` of the device called `name`. Raises LoadError."""
+    base = _base()
+    for pointer in pointers():
+        if printable(base.ggml_backend_dev_name(pointer).decode("utf-8", "replace")) == name:
+            return pointer
+    raise LoadError(f"there is no device {name} any more", device=name)
 
 
 def offload_devices() -> list[Device]:
@@ -110,6 +140,13 @@ def add_rpc_device(endpoint: str) -> None:
         said = "; ".join(log.problems())
         raise LoadError(f"no RPC server answers at {endpoint}: {said}", endpoint=endpoint)
     ggml.ggml_backend_register(server)
+    if endpoint not in _endpoints:
+        _endpoints.append(endpoint)
+
+
+def rpc_endpoints() -> tuple[str, ...]:
+    """The servers added in this process, in their order: another process that adds them sees the same devices."""
+    return tuple(_endpoints)
 
 
 def _check_listens(endpoint: str) -> None:
@@ -138,9 +175,14 @@ def _ggml() -> Any:
 def _base() -> Any:
     """libggml-base, what can be asked of one backend or device."""
     lib = native.shared_library("ggml-base")
-    for name in ("ggml_backend_dev_name", "ggml_backend_dev_description", "ggml_backend_reg_name"):
-        getattr(lib, name).argtypes = [ctypes.c_void_p]
-        getattr(lib, name).restype = ctypes.c_char_p
+    for name in ("dev_name", "dev_description", "reg_name", "buft_name"):
+        getattr(lib, f"ggml_backend_{name}").argtypes = [ctypes.c_void_p]
+        getattr(lib, f"ggml_backend_{name}").restype = ctypes.c_char_p
+    for name in ("dev_backend_reg", "dev_buffer_type", "buft_get_device"):
+        getattr(lib, f"ggml_backend_{name}").argtypes = [ctypes.c_void_p]
+        getattr(lib, f"ggml_backend_{name}").restype = ctypes.c_void_p
+    lib.ggml_backend_buft_is_host.argtypes = [ctypes.c_void_p]
+    lib.ggml_backend_buft_is_host.restype = ctypes.c_bool
     lib.ggml_backend_dev_type.argtypes = [ctypes.c_void_p]
     lib.ggml_backend_dev_type.restype = ctypes.c_int
     pointer = ctypes.POINTER(ctypes.c_size_t)
