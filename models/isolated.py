@@ -1,8 +1,8 @@
 """Calls in a process of their own, for what a stranger's file or a device may end.
 
 llama.cpp ends its process on some values of a file's metadata and on a device that is lost, and so may a parser: then
-only this process ends, and the error has a name. It answers one call after the other. One serves a whole conversion: it
-starts while the headers are read, lets llama.cpp look the model over, reads the tokenizer beside the encoding, and
+only this process ends, and the error has a name. It answers one call after the other. One serves a whole conversion:
+it starts while the headers are read, lets llama.cpp look the model over, reads the tokenizer beside the encoding, and
 checks the file. One serves a plan: it is asked about every placement that is considered.
 """
 

@@ -48,7 +48,7 @@ class Device:
 
 def devices() -> list[Device]:
     """All devices, in llama.cpp's order."""
-    ggml, base = _ggml(), _base()
+    base = _base()
 
     def text(function: str, pointer: int | None) -> str:
         raw = getattr(base, function)(pointer) if pointer else None
@@ -88,6 +88,22 @@ def pointer_of(name: str) -> int:
         if printable(base.ggml_backend_dev_name(pointer).decode("utf-8", "replace")) == name:
             return pointer
     raise LoadError(f"there is no device {name} any more", device=name)
+
+
+def cpu_buffer_type() -> int:
+    """The `ggml_backend_buffer_type_t` of plain CPU memory."""
+    ggml, base = _ggml(), _base()
+    pointer = ggml.ggml_backend_dev_by_type(0)
+    return int(base.ggml_backend_dev_buffer_type(pointer))
+
+
+def device_of_buffer_type(buffer_type: int) -> str:
+    """The name of the device that memory of this `ggml_backend_buffer_type_t` is on; "CPU" for the machine's own."""
+    base = _base()
+    pointer = base.ggml_backend_buft_get_device(buffer_type)
+    if not pointer or base.ggml_backend_buft_is_host(buffer_type) or base.ggml_backend_dev_type(pointer) == 0:
+        return "CPU"
+    return printable(base.ggml_backend_dev_name(pointer).decode("utf-8", "replace"))
 
 
 def offload_devices() -> list[Device]:
@@ -165,6 +181,8 @@ def _ggml() -> Any:
     for name in ("ggml_backend_dev_get", "ggml_backend_reg_get"):
         getattr(lib, name).argtypes = [ctypes.c_size_t]
         getattr(lib, name).restype = ctypes.c_void_p
+    lib.ggml_backend_dev_by_type.argtypes = [ctypes.c_int]
+    lib.ggml_backend_dev_by_type.restype = ctypes.c_void_p
     lib.ggml_backend_reg_by_name.argtypes = [ctypes.c_char_p]
     lib.ggml_backend_reg_by_name.restype = ctypes.c_void_p
     lib.ggml_backend_register.argtypes = [ctypes.c_void_p]

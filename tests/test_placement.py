@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,15 +13,12 @@ import pytest
 
 from models.gguf_file import GgufFile, LazyArray, TensorInfo, read_gguf
 from runner import placement
-from runner.devices import Device, backends
-from runner.placement import RESERVE, fewer_layers, layer_bytes, place
+from runner.devices import backends
+from runner.engine.model_params import cpu_patterns
+from runner.placement import Split, fewer_layers, fill, read_layers
 from tests.rpc_server import rpc_server
 
 MB = 1_000_000
-
-
-def gpu(free: int) -> Device:
-    return Device("GPU0", "fake", "gpu", free, free)
 
 
 def header(*, blocks: int = 4, output: bool = True, **metadata: Any) -> GgufFile:
@@ -45,9 +43,9 @@ def array(*items: int) -> LazyArray:
 
 
 def test_bytes_of_layers() -> None:
-    assert layer_bytes(header(), 0) == [10 * MB] * 4 + [30 * MB]
-    assert layer_bytes(header(output=False), 0) == [10 * MB] * 4 + [20 * MB]
-    assert layer_bytes(header(), 1000) == [10 * MB + 4096 * 1000] * 4 + [30 * MB]
+    assert read_layers(header()).weights == (10 * MB,) * 4 + (30 * MB,)
+    assert read_layers(header(output=False)).weights == (10 * MB,) * 4 + (20 * MB,)
+    assert read_layers(header()).kv == (4096,) * 4 + (0,)
     few: dict[str, Any] = {"llama.attention.head_count_kv": 2, "llama.attention.key_length": 128}
     few_heads = header(**few)
     assert placement.kv_bytes_per_token(few_heads) == [2 * 2 * (128 + 64)] * 4
@@ -67,43 +65,28 @@ def test_bytes_of_layers() -> None:
     ],
 )
 def test_a_header_that_makes_no_sense_does_no_harm(metadata: dict[str, Any]) -> None:
-    plan = place(header(**metadata), n_ctx=512, asked="auto", vram=None, available=[gpu(10**12)])
-    assert plan.gpu_layers == plan.n_layers == 5
+    layers = read_layers(header(**metadata))
+    assert layers.count == 5
+    assert all(kv >= 0 for kv in layers.kv)
 
 
 def test_the_real_models_bytes(starter_model: Path) -> None:
     gguf = read_gguf(starter_model)
-    costs = layer_bytes(gguf, 0)
+    layers = read_layers(gguf)
     embedding = next(tensor.nbytes for tensor in gguf.tensors if tensor.name == "token_embd.weight")
-    assert len(costs) == 31
-    assert sum(costs) == sum(tensor.nbytes for tensor in gguf.tensors)
-    assert costs[-1] > embedding
-    assert sum(placement.kv_bytes_per_token(gguf)) == 30 * 2 * 2 * 192
+    assert layers.count == 31
+    assert sum(layers.weights) == sum(tensor.nbytes for tensor in gguf.tensors)
+    assert layers.weights[-1] > embedding
+    assert sum(layers.kv) == 30 * 2 * 2 * 192
+    assert [name for name, _ in layers.movable[3]] == [f"blk.3.ffn_{part}.weight" for part in ("down", "gate", "up")]
 
 
-def test_auto_takes_all_that_fits() -> None:
-    def auto(free: int, vram: int | None = None) -> placement.Placement:
-        return place(header(), n_ctx=0, asked="auto", vram=vram, available=[gpu(free)])
-
-    assert auto(RESERVE + 200 * MB).gpu_layers == 5
-    assert auto(RESERVE + 55 * MB).gpu_layers == 3
-    assert auto(RESERVE + 29 * MB).gpu_layers == 0
-    assert auto(0).gpu_layers == 0
-    assert auto(10**12, vram=RESERVE + 45 * MB).gpu_layers == 2
-    assert auto(RESERVE + 45 * MB, vram=10**12).gpu_layers == 2
-    plan = auto(RESERVE + 55 * MB)
-    assert plan.needed == 50 * MB
-    assert str(plan).startswith("3/5 layers on GPU0: as many as fit the ")
-
-
-def test_what_is_asked_for_is_taken() -> None:
-    def asked(layers: placement.GpuLayers) -> int:
-        return place(header(), n_ctx=0, asked=layers, vram=None, available=[gpu(0)]).gpu_layers
-
-    assert [asked("all"), asked(0), asked(3), asked(99)] == [5, 0, 3, 5]
-    nowhere = place(header(), n_ctx=0, asked="all", vram=None, available=[])
-    assert nowhere.gpu_layers == 0
-    assert "no GPU" in str(nowhere)
+def test_devices_are_filled_from_the_output() -> None:
+    assert fill([10, 10, 10, 30], [45, 25]) == [2, 2]
+    assert fill([10, 10, 10, 30], [29, 45]) == [0, 2]
+    assert fill([10, 10, 10, 30], [100, 100]) == [4, 0]
+    assert fill([1.5, 1.5], [2]) == [1]
+    assert fill([10], []) == []
 
 
 def test_fewer_layers_end_on_the_cpu() -> None:
@@ -111,6 +94,24 @@ def test_fewer_layers_end_on_the_cpu() -> None:
     assert list(fewer_layers(1)) == [0]
     assert list(fewer_layers(2)) == [1, 0]
     assert list(fewer_layers(0)) == []
+
+
+def test_with_fewer_layers_each_device_keeps_its_share() -> None:
+    split = Split((("A", 20), ("B", 11)), ("blk.3.ffn_up.weight",))
+    assert split.fewer(23) == Split((("A", 15), ("B", 8)), ("blk.3.ffn_up.weight",))
+    assert split.fewer(1).gpu_layers == 1
+    assert split.fewer(0).gpu_layers == 0
+
+
+def test_what_stays_on_the_cpu_is_found_by_few_patterns() -> None:
+    kept = [f"blk.{i}.ffn_{part}_exps.weight" for i in (1, 2, 12) for part in ("up", "gate", "down")]
+    kept += ["blk.21.ffn_down_exps.weight", "blk.3.exp_probs_b.bias"]
+    others = [f"blk.{i}.ffn_{part}_exps.weight" for i in (0, 3, 11, 22, 121) for part in ("up", "down")]
+    others += ["blk.21.ffn_up_exps.weight", "blk.1.ffn_up.weight", "blk.1.ffn_up_exps.bias", "output.weight"]
+    patterns = cpu_patterns(kept)
+    assert len(patterns) == 3
+    assert [name for name in kept + others if any(re.search(pattern, name) for pattern in patterns)] == kept
+    assert cpu_patterns(["output.weight", "blk.1.a|b.weight", "blk.1.(x.weight"]) == []
 
 
 # Each in a process of its own: a device once registered stays, and one that is lost ends the process.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,20 @@ from models.library import home
 from models.native import Vocabulary
 from models.text import human_bytes
 from runner import devices, placement
+from runner.devices import Device
 from runner.engine.adapters import apply_adapters
 from runner.engine.context import Context, ContextOptions, Memory
 from runner.engine.draft_model import DraftModel
 from runner.engine.lookup import Lookup
 from runner.engine.memory import available_memory
+from runner.engine.model_params import model_params
 from runner.engine.protocol import LoadOptions, LoadProgress
 from runner.engine.speculation import BatchSeconds, Speculation
 from runner.engine.state_files import DEFAULT_LIMIT, StateFiles, model_key
 from runner.engine.threads import default_threads
+from runner.placement import DEFAULT_KV_TYPES, Placement, Settings, Split
+from runner.placing import Wish, place_without_asking
+from runner.planner import planner
 
 UNKNOWN_CONTEXT = 8192
 """Tokens of context for a model that does not say on how many it was trained."""
@@ -69,40 +75,30 @@ def load_file(path: Path, options: LoadOptions, progress: LoadProgress | None) -
     native.set_verbose(options.verbose)
 
     available = devices.offload_devices() if options.gpu_layers != 0 else []
-    plan = placement.place(
-        gguf,
-        n_ctx=n_ctx,
-        asked=options.gpu_layers,
-        vram=options.vram,
-        available=available,
-        kv_types=options.kv_types,
-    )
-    if not available and options.gpu_layers != 0:
-        notes.append(devices.why_no_gpu())
-    elif 0 < plan.gpu_layers < plan.n_layers and options.gpu_layers == "auto":
-        notes.append(str(plan))
+    plan = _plan(gguf, n_ctx, options, available, notes)
+    split, n_ctx, kv_types = plan.split, plan.settings.n_ctx, plan.settings.kv_types
     settings = ContextOptions(
         n_ctx=n_ctx,
         threads=threads,
         batch_threads=threads,
-        type_k=placement.KV_TYPES[options.kv_types[0]][0],
-        type_v=placement.KV_TYPES[options.kv_types[1]][0],
-        whole_window=not plan.gpu_layers and _affords_whole_window(gguf, n_ctx, options, spare, notes),
+        type_k=placement.KV_TYPES[kv_types[0]][0],
+        type_v=placement.KV_TYPES[kv_types[1]][0],
+        whole_window=not plan.gpu_layers and _affords_whole_window(gguf, n_ctx, kv_types, spare, notes),
     )
 
-    layers = plan.gpu_layers
-    remaining = placement.fewer_layers(layers)
+    remaining = placement.fewer_layers(split.gpu_layers)
     while True:
         try:
-            model, context = _attempt(path, layers, settings, options, progress)
+            model, context = _attempt(path, split, settings, options, progress)
             break
         except LoadError as error:
             fewer = next(remaining, None)
             if fewer is None or not _is_memory_failure(error):
                 raise
             where = f"{fewer} on the GPU" if fewer else "the CPU alone"
-            notes.append(f"the GPU has no memory for {layers} layers; tried again with {where}")
-            layers = fewer
+            notes.append(f"the GPU has no memory for {split.gpu_layers} layers; tried again with {where}")
+            split = plan.split.fewer(fewer)
+    layers = split.gpu_layers
     try:
         vocabulary = Vocabulary(native.library().llama_model_get_vocab(model))
         metadata = native.model_metadata(model)
@@ -119,13 +115,47 @@ def load_file(path: Path, options: LoadOptions, progress: LoadProgress | None) -
         metadata=metadata,
         gpu_layers=layers,
         n_layers=plan.n_layers,
-        device=" + ".join(f"{d.name} ({d.description})" for d in available) if layers else "CPU",
+        device=" + ".join(f"{d.name} ({d.description})" for d in available if dict(split.layers).get(d.name)) or "CPU",
         seconds=time.perf_counter() - started,
         notes=tuple(notes),
         branch_bytes=_BRANCH_BYTES_UNKNOWN if spare is None else min(_MOST_BRANCH_BYTES, spare // _SPARE_SHARE),
         states=_states(path, options, settings),
         speculation=speculation,
     )
+
+
+def _plan(
+    gguf: GgufFile, n_ctx: int, options: LoadOptions, available: Sequence[Device], notes: list[str]
+) -> Placement:
+    """Where the layers go. A device that is lost while llama.cpp is asked costs a note, and the CPU computes."""
+    beside = [path for path, _ in options.loras] + ([options.draft] if options.draft else [])
+    wish = Wish(
+        Settings(n_ctx, DEFAULT_KV_TYPES if options.kv_types == "auto" else options.kv_types),
+        options.gpu_layers,
+        vram=options.vram,
+        reserve=options.reserve,
+        beside=sum(path.stat().st_size for path in beside if path.is_file()),
+        reduce_kv=options.kv_types == "auto",
+        reduce_context=options.context == "auto",
+    )
+    if not available:
+        if options.gpu_layers != 0:
+            notes.append(devices.why_no_gpu())
+        return place_without_asking(gguf, [], wish)
+    if options.gpu_layers != "auto":
+        return place_without_asking(gguf, available, wish)
+    try:
+        with planner() as asked:
+            plan = asked.place(gguf, available, wish, repack=options.repack)
+    except LoadError as error:
+        if not error.facts.get("ended"):
+            raise
+        notes.append(f"no GPU is used: {error}")
+        return place_without_asking(gguf, [], wish)
+    notes += plan.notes
+    if not plan.is_all:
+        notes.append(str(plan))
+    return plan
 
 
 def _spare_memory(gguf: GgufFile) -> int | None:
@@ -135,12 +165,12 @@ def _spare_memory(gguf: GgufFile) -> int | None:
 
 
 def _affords_whole_window(
-    gguf: GgufFile, n_ctx: int, options: LoadOptions, spare: int | None, notes: list[str]
+    gguf: GgufFile, n_ctx: int, kv_types: tuple[str, str], spare: int | None, notes: list[str]
 ) -> bool:
     """Whether a model that looks back a window only gets a cache of everything, which can be cut anywhere."""
     if not gguf.integer(f"{gguf.architecture}.attention.sliding_window"):
         return False
-    whole = n_ctx * sum(placement.kv_bytes_per_token(gguf, options.kv_types))
+    whole = n_ctx * sum(placement.kv_bytes_per_token(gguf, kv_types))
     affords = spare is not None and whole <= spare // _SPARE_SHARE
     if affords:
         notes.append(f"sliding window: the whole cache is kept ({human_bytes(whole)}), so that it can be cut anywhere")
@@ -200,8 +230,9 @@ def choose_context(gguf: GgufFile, options: LoadOptions) -> tuple[int, list[str]
 
     Raises UsageError for no number of tokens, LoadError for more than the memory can hold.
     """
-    trained, asked = gguf.context_length or 0, options.context
-    per_token = sum(placement.kv_bytes_per_token(gguf, options.kv_types))
+    trained, asked = gguf.context_length or 0, None if options.context == "auto" else options.context
+    kv_types = DEFAULT_KV_TYPES if options.kv_types == "auto" else options.kv_types
+    per_token = sum(placement.kv_bytes_per_token(gguf, kv_types))
     available = available_memory()
     if asked is not None:
         if asked < 1:
@@ -228,12 +259,11 @@ def _affordable(memory: int, per_token: int) -> int:
 
 
 def _attempt(
-    path: Path, gpu_layers: int, settings: ContextOptions, options: LoadOptions, progress: LoadProgress | None
+    path: Path, split: Split, settings: ContextOptions, options: LoadOptions, progress: LoadProgress | None
 ) -> tuple[Any, Context]:
     """One try. Raises LoadError; nothing stays in memory then."""
     lib = native.library()
-    params = lib.llama_model_default_params() if gpu_layers else native.cpu_model_params()
-    params.n_gpu_layers = gpu_layers
+    params = model_params(split)
     params.load_mode = lib.LLAMA_LOAD_MODE_AUTO
     params.use_extra_bufts = options.repack and not _computes_with_amx()
     stopped = False
