@@ -6,6 +6,7 @@ import ctypes
 import os
 import shutil
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -106,10 +107,19 @@ def device_of_buffer_type(buffer_type: int) -> str:
     return printable(base.ggml_backend_dev_name(pointer).decode("utf-8", "replace"))
 
 
-def offload_devices() -> list[Device]:
-    """The devices that layers can be placed on: GPUs, and integrated ones only where there is no other."""
-    found = [device for device in devices() if device.is_gpu]
-    return [device for device in found if device.kind == "gpu"] or found
+def offload_devices(found: Sequence[Device] | None = None) -> list[Device]:
+    """The devices that layers can be placed on: GPUs, and integrated ones only where there is no other.
+
+    Of `found`, where another process has looked already.
+    """
+    gpus = [device for device in (devices() if found is None else found) if device.is_gpu]
+    return [device for device in gpus if device.kind == "gpu"] or gpus
+
+
+def has_offload_device() -> bool:
+    """Whether there is any; without asking it anything, since one that is away ends the process."""
+    base = _base()
+    return any(_KINDS.get(base.ggml_backend_dev_type(pointer)) in ("gpu", "igpu") for pointer in pointers())
 
 
 def backends() -> list[str]:

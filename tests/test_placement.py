@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ from runner import placement
 from runner.devices import backends
 from runner.engine.model_params import cpu_patterns
 from runner.placement import Split, fewer_layers, fill, read_layers
+from tests.memory_models import write_model
 from tests.rpc_server import rpc_server
 
 MB = 1_000_000
@@ -122,13 +125,12 @@ from models import native
 from runner.devices import add_rpc_device
 from runner.engine.local import load
 from runner.engine.protocol import LoadOptions, Sampling
-model, endpoint, context, *wanted = sys.argv[1:]
-if endpoint:
+model, endpoints, *wanted = sys.argv[1:]
+for endpoint in filter(None, endpoints.split(",")):
     add_rpc_device(endpoint)
-for layers in wanted:
-    layers = layers if layers in ("auto", "all") else int(layers)
+for options in map(json.loads, wanted):
     with native.capture_log() as log:
-        engine = load(Path(model), LoadOptions(context=int(context), gpu_layers=layers, repack=False))
+        engine = load(Path(model), LoadOptions(repack=False, cache=0, **options))
     with engine:
         tokens = engine.encode_text("Once upon a time, in a small village,")
         chunks = list(engine.generate(tokens, Sampling(temperature=0.0, max_tokens=8)))
@@ -136,18 +138,30 @@ for layers in wanted:
         "text": "".join(chunk.text for chunk in chunks),
         "gpu_layers": engine.info.gpu_layers,
         "device": engine.info.device,
+        "n_ctx": engine.info.n_ctx,
         "notes": engine.info.notes,
         "on_device": sum("assigned to device RPC" in line for line in log.lines),
+        "said": [line for line in log.lines if "buffer size" in line or "overridden" in line],
     }))
 """
+_BUFFER = re.compile(r"(RPC0\[\S+\]) .*buffer size = +([\d.]+) MiB")
 
 
-def run(model: Path, endpoint: str, *layers: str, context: int = 256) -> list[dict[str, Any]]:
-    command = [sys.executable, "-c", PROGRAM, str(model), endpoint, str(context), *layers]
+def run(model: Path, endpoints: str, *wanted: dict[str, Any]) -> list[dict[str, Any]]:
+    options = [json.dumps({"context": 256} | options) for options in wanted]
+    command = [sys.executable, "-c", PROGRAM, str(model), endpoints, *options]
     root = Path(__file__).parents[1]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=300)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def bytes_taken(said: list[str]) -> dict[str, int]:
+    """By device (its buffer type names its server), as a load logged it."""
+    found: dict[str, int] = {}
+    for match in filter(None, map(_BUFFER.search, said)):
+        found[match[1]] = found.get(match[1], 0) + int(float(match[2]) * (1 << 20))
+    return found
 
 
 needs_rpc = pytest.mark.skipif("RPC" not in backends(), reason="this build has no RPC backend")
@@ -156,7 +170,9 @@ needs_rpc = pytest.mark.skipif("RPC" not in backends(), reason="this build has n
 @needs_rpc
 def test_layers_on_a_device_give_the_text_of_the_cpu(starter_model: Path) -> None:
     with rpc_server() as endpoint:
-        cpu, some, everything, auto = run(starter_model, endpoint, "0", "12", "all", "auto")
+        cpu, some, everything, auto = run(
+            starter_model, endpoint, *({"gpu_layers": layers} for layers in (0, 12, "all", "auto"))
+        )
     assert [run["gpu_layers"] for run in (cpu, some, everything, auto)] == [0, 12, 31, 31]
     assert [run["on_device"] for run in (cpu, some, everything, auto)] == [0, 12, 31, 31]
     assert cpu["text"] == some["text"] == everything["text"] == auto["text"]
@@ -170,7 +186,7 @@ def test_layers_on_a_device_give_the_text_of_the_cpu(starter_model: Path) -> Non
 @pytest.mark.parametrize("megabytes", [260, 4])
 def test_a_device_without_the_memory_gets_less(starter_model: Path, megabytes: int) -> None:
     with rpc_server(memory=megabytes * MB) as endpoint:
-        (result,) = run(starter_model, endpoint, "all", context=8192)
+        (result,) = run(starter_model, endpoint, {"gpu_layers": "all", "context": 8192})
     assert result["notes"][0].startswith("the GPU has no memory for 31 layers; tried again with ")
     assert result["text"]
     if megabytes == 260:  # weights and cache of all layers take 287 MB there, those of 23 layers 218 MB
@@ -183,7 +199,64 @@ def test_a_device_without_the_memory_gets_less(starter_model: Path, megabytes: i
 
 
 def test_without_a_gpu_one_line_says_why(starter_model: Path) -> None:
-    (result,) = run(starter_model, "", "auto")
+    (result,) = run(starter_model, "", {"gpu_layers": "auto"})
     if result["gpu_layers"] == 0:
         assert len(result["notes"]) == 1
         assert result["notes"][0].startswith("CPU only: ")
+
+
+@needs_rpc
+def test_a_load_takes_what_it_may_of_each_device(starter_model: Path) -> None:
+    cap = 55 * MB
+    with rpc_server() as one, rpc_server() as two:
+        cpu, capped, reduced = run(
+            starter_model,
+            f"{one},{two}",
+            {"gpu_layers": 0, "context": 2048},
+            {"vram": cap, "context": 2048},
+            {"vram": 90 * MB, "context": "auto", "kv_types": "auto"},
+        )
+    taken = bytes_taken(capped["said"])
+    assert len(taken) == 2
+    assert all(0.75 * cap < size <= cap + MB for size in taken.values())
+    assert 0 < capped["gpu_layers"] < 31
+    assert capped["on_device"] == capped["gpu_layers"]
+    assert capped["notes"][-1].startswith(f"{capped['gpu_layers']}/31 layers on RPC1+RPC0: as many as fit the 110 MB")
+    assert capped["text"] == cpu["text"]
+    assert reduced["gpu_layers"] == 31
+    assert reduced["n_ctx"] < 8192
+    assert [note.split(" ")[0] for note in reduced["notes"][:2]] == ["the", "context"]
+
+
+@needs_rpc
+def test_experts_stay_on_the_cpu_and_attention_does_not(tmp_path: Path) -> None:
+    model = write_model("experts", tmp_path)
+    with rpc_server() as endpoint:
+        cpu, capped = run(model, endpoint, {"gpu_layers": 0, "context": 512}, {"vram": 4 * MB, "context": 512})
+    assert capped["gpu_layers"] == 7
+    kept = [line for line in capped["said"] if "overridden to CPU" in line]
+    assert kept
+    assert all("_exps" in line for line in kept)
+    assert "experts of " in capped["notes"][-1]
+    assert capped["text"] == cpu["text"]
+    assert all(size <= 4 * MB for size in bytes_taken(capped["said"]).values())
+
+
+@needs_rpc
+@pytest.mark.parametrize(("number", "says"), [(signal.SIGKILL, "process ended"), (signal.SIGSTOP, "longer than 3 s")])
+def test_a_device_that_is_away_when_it_is_asked_costs_a_note(number: int, says: str, starter_model: Path) -> None:
+    lose = f"from runner import planner; planner.QUESTION_SECONDS = 3\nimport os; os.kill(server, {number})\n"
+    program = PROGRAM.replace("for options in map", lose + "for options in map")
+    program = program.replace("model, endpoints", "server = int(sys.argv.pop())\nmodel, endpoints", 1)
+    with rpc_server() as endpoint:
+        processes = Path("/proc").glob("[0-9]*/cmdline")
+        server = next(file.parent.name for file in processes if endpoint.encode() in file.read_bytes())
+        command = [sys.executable, "-c", program, str(starter_model), endpoint, '{"context": 256}', server]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=120)
+        os.kill(int(server), signal.SIGCONT)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["gpu_layers"] == 0
+    assert result["notes"][0].startswith("no GPU is used: planning failed: ")
+    assert says in result["notes"][0]
+    assert result["text"]

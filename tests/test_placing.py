@@ -207,7 +207,7 @@ def test_whatever_llama_says_it_fits_and_no_more_does(
     free: list[int], experts: bool, sizes: list[int], compute: int, output: int, cache: float
 ) -> None:
     gguf = model(blocks=5, experts=experts, sizes=[size * MB for size in sizes])
-    made_up = {"compute": compute * MB, "output": output * MB, "cache": cache}
+    made_up: dict[str, Any] = {"compute": compute * MB, "output": output * MB, "cache": cache}
     plan, llama = placed(gguf, *(size * MB * (1 + 3 * experts) for size in free), **made_up)
     room = {f"RPC{i}": size * MB * (1 + 3 * experts) for i, size in enumerate(free)}
     assert len(llama.asked) <= MOST_QUESTIONS + 1

@@ -74,8 +74,7 @@ def load_file(path: Path, options: LoadOptions, progress: LoadProgress | None) -
     threads = options.threads or default_threads()
     native.set_verbose(options.verbose)
 
-    available = devices.offload_devices() if options.gpu_layers != 0 else []
-    plan = _plan(gguf, n_ctx, options, available, notes)
+    plan, available = _plan(gguf, n_ctx, options, notes)
     split, n_ctx, kv_types = plan.split, plan.settings.n_ctx, plan.settings.kv_types
     settings = ContextOptions(
         n_ctx=n_ctx,
@@ -125,9 +124,9 @@ def load_file(path: Path, options: LoadOptions, progress: LoadProgress | None) -
 
 
 def _plan(
-    gguf: GgufFile, n_ctx: int, options: LoadOptions, available: Sequence[Device], notes: list[str]
-) -> Placement:
-    """Where the layers go. A device that is lost while llama.cpp is asked costs a note, and the CPU computes."""
+    gguf: GgufFile, n_ctx: int, options: LoadOptions, notes: list[str]
+) -> tuple[Placement, Sequence[Device]]:
+    """Where the layers go, and of which devices. One that is lost meanwhile costs a note, and the CPU computes."""
     beside = [path for path, _ in options.loras] + ([options.draft] if options.draft else [])
     wish = Wish(
         Settings(n_ctx, DEFAULT_KV_TYPES if options.kv_types == "auto" else options.kv_types),
@@ -138,24 +137,29 @@ def _plan(
         reduce_kv=options.kv_types == "auto",
         reduce_context=options.context == "auto",
     )
-    if not available:
-        if options.gpu_layers != 0:
-            notes.append(devices.why_no_gpu())
-        return place_without_asking(gguf, [], wish)
-    if options.gpu_layers != "auto":
-        return place_without_asking(gguf, available, wish)
+    if options.gpu_layers == 0:
+        return place_without_asking(gguf, [], wish), []
+    if not devices.has_offload_device():
+        notes.append(devices.why_no_gpu())
+        return place_without_asking(gguf, [], wish), []
+    if options.gpu_layers != "auto" and not devices.rpc_endpoints():
+        available = devices.offload_devices()
+        return place_without_asking(gguf, available, wish), available
     try:
         with planner() as asked:
+            available = devices.offload_devices(asked.devices())
+            if options.gpu_layers != "auto":
+                return place_without_asking(gguf, available, wish), available
             plan = asked.place(gguf, available, wish, repack=options.repack)
     except LoadError as error:
         if not error.facts.get("ended"):
             raise
         notes.append(f"no GPU is used: {error}")
-        return place_without_asking(gguf, [], wish)
+        return place_without_asking(gguf, [], wish), []
     notes += plan.notes
     if not plan.is_all:
         notes.append(str(plan))
-    return plan
+    return plan, available
 
 
 def _spare_memory(gguf: GgufFile) -> int | None:
