@@ -6,12 +6,14 @@ import ctypes
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 
 from models import native
 from models.errors import LoadError
 from models.gguf_types import TENSOR_TYPES
+from models.text import human_bytes
 from runner import devices
 
 _BYTES = 256 << 20
@@ -38,16 +40,35 @@ def memory_bandwidth(threads: int) -> float:
     return best
 
 
-def multiply_rate(device: str, tensor_type: str = "F16", threads: int | None = None) -> float:
-    """Bytes of weights per second that `device` reads while it multiplies them with one token's activations.
+@dataclass(frozen=True)
+class DeviceSpeed:
+    """What it takes a device to compute: bytes of weights read per second, and seconds for a call with next to none.
 
-    What generating a token does, by ggml's own code for weights of `tensor_type`; a fraction of a second in all. Of a
-    CPU by as many `threads`. A device that is lost ends the process. Raises LoadError where it has no memory for it.
+    A call is what one token costs of a device beside its weights: over a network, most of all the way there and back.
     """
-    number = next(number for number, (name, *_) in TENSOR_TYPES.items() if name == tensor_type)
-    _, block, block_bytes = TENSOR_TYPES[number]
+
+    bytes_per_second: float
+    seconds_per_call: float
+
+
+def device_speed(device: str, tensor_type: str = "F16", threads: int | None = None) -> DeviceSpeed:
+    """How fast `device` multiplies weights of `tensor_type` with one token's activations, by ggml's own code for it.
+
+    A fraction of a second in all; of a CPU with so many `threads`. A device that is lost ends the process. Raises
+    LoadError where it has no memory for it, or no such product.
+    """
+    number, block, block_bytes = next(
+        (number, block, size) for number, (name, block, size) in TENSOR_TYPES.items() if name == tensor_type
+    )
     matrix = _WIDTH * _WIDTH // block * block_bytes
     count = max(1, _BYTES // matrix)
+    call = _multiply_seconds(device, number, 1, block, threads)
+    whole = _multiply_seconds(device, number, count, _WIDTH, threads)
+    return DeviceSpeed(count * matrix / max(whole - call, whole / 2), call)
+
+
+def _multiply_seconds(device: str, number: int, count: int, rows: int, threads: int | None) -> float:
+    """Seconds to multiply `count` matrices of `rows` rows, the best of some rounds."""
     base, pointer = _base(), devices.pointer_of(device)
     # Room for the graph and what describes its tensors; no data.
     context = base.ggml_init(_InitParams(base.ggml_graph_overhead() + (3 * count + 8) * 1024, None, True))
@@ -57,22 +78,24 @@ def multiply_rate(device: str, tensor_type: str = "F16", threads: int | None = N
         activations = base.ggml_new_tensor_2d(context, 0, _WIDTH, 1)
         graph = base.ggml_new_graph(context)
         for _ in range(count):
-            weights = base.ggml_new_tensor_2d(context, number, _WIDTH, _WIDTH)
+            weights = base.ggml_new_tensor_2d(context, number, _WIDTH, rows)
             product = base.ggml_mul_mat(context, weights, activations)
             base.ggml_build_forward_expand(graph, product)
-        buffer = base.ggml_backend_alloc_ctx_tensors(context, backend) if backend else None
+        if not backend or not base.ggml_backend_supports_op(backend, product):
+            raise LoadError(f"{device} does not multiply weights of this type", device=device)
+        buffer = base.ggml_backend_alloc_ctx_tensors(context, backend)
         if not buffer:
-            raise LoadError(f"{device} has no {count * matrix} bytes free to measure with", device=device)
+            raise LoadError(f"{device} has no {human_bytes(_BYTES)} free to measure with", device=device)
         base.ggml_backend_buffer_clear(buffer, 0)
         _set_threads(pointer, backend, threads)
-        best, a_number = 0.0, ctypes.c_float()
+        best, a_number = float("inf"), ctypes.c_float()
         for _ in range(_ROUNDS):
             began = time.perf_counter()
             if base.ggml_backend_graph_compute(backend, graph) != 0:
-                raise LoadError(f"{device} does not multiply weights of the type {tensor_type}", device=device)
+                raise LoadError(f"{device} failed to multiply", device=device)
             # Computing may go on after the call; a device asked for a number of the result has it then.
             base.ggml_backend_tensor_get(product, ctypes.byref(a_number), 0, 4)
-            best = max(best, count * matrix / (time.perf_counter() - began))
+            best = min(best, time.perf_counter() - began)
         return best
     finally:
         if buffer:
@@ -110,6 +133,7 @@ def _base() -> ctypes.CDLL:
         "ggml_backend_dev_init": (p, p, ctypes.c_char_p),
         "ggml_backend_dev_backend_reg": (p, p),
         "ggml_backend_reg_get_proc_address": (p, p, ctypes.c_char_p),
+        "ggml_backend_supports_op": (ctypes.c_bool, p, p),
         "ggml_backend_alloc_ctx_tensors": (p, p, p),
         "ggml_backend_buffer_clear": (None, p, ctypes.c_uint8),
         "ggml_backend_graph_compute": (i, p, p),

@@ -217,3 +217,30 @@ def reckoned(layers: Layers, split: Split, kv: Sequence[float]) -> dict[str, int
         found[name] = int(sum(layers.weights[i] + kv[i] for i in inside)) - kept
         index += count
     return found
+
+
+def bytes_per_token(gguf: GgufFile, split: Split) -> dict[str, float]:
+    """Bytes of weights that each device reads for one token: of experts those that are chosen, of an embedding a row.
+
+    "CPU" is always among them.
+    """
+    tied = not any(tensor.name == "output.weight" for tensor in gguf.tensors)
+    experts = gguf.integer(f"{gguf.architecture}.expert_count") or 1
+    chosen = (gguf.integer(f"{gguf.architecture}.expert_used_count") or 1) / experts
+    blocks = block_count(gguf)
+    devices = [name for name, count in split.layers for _ in range(count)]
+    on_device = dict(zip(range(blocks + 1 - len(devices), blocks + 1), devices, strict=True))
+    stays, found = set(split.on_cpu), {CPU: 0.0} | dict.fromkeys(devices, 0.0)
+    for tensor in gguf.tensors:
+        match = _BLOCK.match(tensor.name)
+        if match:
+            layer = int(match[1])
+        elif tensor.name.startswith("output") or (tied and tensor.name == "token_embd.weight"):
+            layer = blocks
+        elif tensor.name == "token_embd.weight":
+            continue
+        else:
+            layer = -1
+        name = CPU if tensor.name in stays else on_device.get(layer, CPU)
+        found[name] += tensor.nbytes * (chosen if _EXPERTS.fullmatch(tensor.name) else 1)
+    return found

@@ -189,6 +189,8 @@ class _Search:
             proposed = next(split for split in self._proposals() if not self._known_too_large(split))
             if only_all and not self.all_fit(proposed):
                 return best
+            if not proposed.gpu_layers and not best.gpu_layers:  # less may need less beyond what the header tells
+                proposed = next((split for split in self._least() if split not in self._answers), proposed)
         return best if self.all_fit(best) else self._grown(best)
 
     def reason(self, split: Split, wish: Wish) -> str:
@@ -246,6 +248,13 @@ class _Search:
             first = layers.count - count
             still = [name for movable in layers.movable[first:] for name, _ in movable] if layers.experts else []
             yield self._split(fill(costs[first:], room), still)
+
+    def _least(self) -> Iterator[Split]:
+        none = [0] * (len(self._rooms) - 1)
+        if self._layers.experts:
+            names = [name for movable in self._layers.movable for name, _ in movable]
+            yield self._split([self._layers.count, *none], names)
+        yield self._split([1, *none])
 
     def _grown(self, best: Split) -> Split:
         """`best` with what else finds room on each device: one more layer, or of one what a device can take."""

@@ -11,7 +11,7 @@ from models.errors import LoadError
 from models.gguf_file import GgufFile
 from models.isolated import Ended, Isolated, isolation
 from runner import devices, placing
-from runner.bandwidth import multiply_rate
+from runner.bandwidth import DeviceSpeed, device_speed
 from runner.devices import Device
 from runner.engine.accounting import account
 from runner.engine.context import ContextOptions
@@ -34,9 +34,9 @@ class Planner:
         """As `runner.devices.devices`. Raises LoadError."""
         return self._asked(devices.devices)
 
-    def rate(self, device: str, tensor_type: str, threads: int) -> float:
-        """As `runner.bandwidth.multiply_rate`. Raises LoadError."""
-        return self._asked(multiply_rate, device, tensor_type, threads)
+    def speed(self, device: str, tensor_type: str, threads: int) -> DeviceSpeed:
+        """As `runner.bandwidth.device_speed`. Raises LoadError."""
+        return self._asked(device_speed, device, tensor_type, threads)
 
     def account(
         self, path: Path, split: Split, settings: Settings, *, whole_window: bool = False, repack: bool = True
@@ -59,15 +59,21 @@ class Planner:
             raise LoadError(
                 f"planning failed: {end}",
                 hint="A device may be lost, or the file damaged; `--gpu-layers 0` does without devices.",
-                ended=True,
+                lost=True,
             ) from None
 
 
 @contextmanager
 def planner(endpoints: Sequence[str] | None = None) -> Iterator[Planner]:
-    """Start the process, with the RPC servers that this one knows, or those given. Raises LoadError."""
+    """Start the process, with the RPC servers that this one knows, or those given.
+
+    Raises LoadError; with `lost` among its facts where a device is away.
+    """
     with isolation("runner.engine.accounting", "runner.bandwidth") as apart:
         asked = Planner(apart)
-        for endpoint in devices.rpc_endpoints() if endpoints is None else endpoints:
-            asked._asked(devices.add_rpc_device, endpoint)
+        try:
+            for endpoint in devices.rpc_endpoints() if endpoints is None else endpoints:
+                asked._asked(devices.add_rpc_device, endpoint)
+        except LoadError as error:
+            raise LoadError(str(error), hint=error.hint, lost=True) from error
         yield asked

@@ -195,6 +195,23 @@ def test_the_context_is_made_smaller_only_when_that_is_allowed() -> None:
     assert not small.notes
 
 
+def test_buffers_that_only_the_experts_need_keep_nothing_else_away() -> None:
+    """With the experts on a device its compute buffer is large, without them small."""
+    gguf = model(experts=True)
+
+    class Large(MadeUp):
+        def __call__(self, split: Split, settings: Settings) -> Mapping[str, Buffers]:
+            found = dict(super().__call__(split, settings))
+            if "RPC0" in found and len(split.on_cpu) < 8 * 3:
+                found["RPC0"] = replace(found["RPC0"], compute=90 * MB)
+            return found
+
+    llama = Large(gguf)
+    plan = place(gguf, [device(30 * MB + 8 * 6_048_000 + 10 * MB)], wish(), llama)
+    assert plan.gpu_layers == 9
+    assert len(plan.split.on_cpu) == 24
+
+
 @given(
     st.lists(st.integers(0, 120), min_size=1, max_size=3),
     st.booleans(),

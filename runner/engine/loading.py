@@ -152,7 +152,7 @@ def _plan(
                 return place_without_asking(gguf, available, wish), available
             plan = asked.place(gguf, available, wish, repack=options.repack)
     except LoadError as error:
-        if not error.facts.get("ended"):
+        if not error.facts.get("lost"):
             raise
         notes.append(f"no GPU is used: {error}")
         return place_without_asking(gguf, [], wish), []
