@@ -10,8 +10,8 @@ from typing import TypeVar
 import numpy as np
 
 from convert.check_texts import CHECK_TEXTS, LIMIT_TEXTS
-from convert.isolated import DEADLINE_SECONDS, HINT, Ended, Isolated
 from models.errors import CheckFailed, HandmillError
+from models.isolated import DEADLINE_SECONDS, HINT, Ended, Isolated
 from models.native import forward_pass, open_vocabulary
 
 __all__ = [

@@ -21,7 +21,6 @@ from convert import metadata, quantize
 from convert.check import CHECK_TEXTS, LIMIT_TEXTS, check_apart, check_computation, check_vocabulary
 from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.file_types import DEFAULT, FileType
-from convert.isolated import Isolated, isolation
 from convert.lora import merged, open_adapter
 from convert.output import check_outputs, flush, whole_files
 from convert.pipeline import PlacedTensor, available_cores, write_tensors
@@ -44,6 +43,7 @@ from convert.vocabulary import Vocabulary
 from models.errors import CheckpointError
 from models.families import ModelFamily, family_of
 from models.hparams import Hparams
+from models.isolated import Isolated, isolation
 from models.native import library
 
 _WAIT_SECONDS = 0.1

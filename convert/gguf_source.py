@@ -22,7 +22,6 @@ from convert import quantize
 from convert.check import check_apart, check_forward_pass
 from convert.file_types import DEFAULT, FileType
 from convert.gguf_writer import TypedValue
-from convert.isolated import Isolated, isolation
 from convert.output import check_outputs, whole_files
 from convert.pipeline import PlacedTensor, available_cores, write_tensors
 from convert.placement import (
@@ -44,6 +43,7 @@ from models import gguf_file
 from models.errors import TensorError, UnsupportedError
 from models.gguf_file import GgufFile, raw_metadata
 from models.gguf_parts import check_model_file, read_parts
+from models.isolated import Isolated, isolation
 from models.text import printable
 from models.weights import Index, Weights
 

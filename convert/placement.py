@@ -13,11 +13,11 @@ from gguf.constants import GGUFValueType
 from convert import quantize
 from convert.file_types import FileType
 from convert.gguf_writer import TensorEntry, TypedValue, header_bytes, padded
-from convert.isolated import HINT, Ended, Isolated
 from convert.output import translated
 from convert.pipeline import PlacedTensor
 from models.errors import ConversionFailed, UsageError
 from models.gguf_parts import MAX_PARTS, part_name
+from models.isolated import HINT, Ended, Isolated
 from models.text import human_bytes, printable
 
 Stage = Literal["planning", "encoding", "checking"]

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from convert.added_marks import settle_ends
-from convert.isolated import Ended, Isolated
 from convert.tokenizer import Vocabulary, read_vocabulary
 from models.errors import TokenizerError
+from models.isolated import Ended, Isolated
 from models.vocabulary_rules import DEFAULT, VocabularyRules
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 from collections import deque
@@ -15,7 +16,8 @@ _KEPT_LINES = 4000
 class LogTail:
     """What llama.cpp logged inside `capture_log()`: whole lines, oldest first, bounded in number."""
 
-    def __init__(self) -> None:
+    def __init__(self, only: re.Pattern[str] | None = None) -> None:
+        self._only = only
         self._lines: deque[tuple[int, str]] = deque(maxlen=_KEPT_LINES)
 
     @property
@@ -32,7 +34,8 @@ class LogTail:
         return errors[-n:] or self.tail(n)
 
     def _add(self, level: int, text: str) -> None:
-        self._lines.append((level, text))
+        if self._only is None or self._only.search(text):
+            self._lines.append((level, text))
 
 
 class Log:
@@ -82,9 +85,12 @@ def set_verbose(verbose: bool) -> None:
 
 
 @contextmanager
-def capture_log() -> Iterator[LogTail]:
-    """Collect llama.cpp's log. It is one for the whole process: lines of other threads come along."""
-    tail = LogTail()
+def capture_log(only: re.Pattern[str] | None = None) -> Iterator[LogTail]:
+    """Collect llama.cpp's log, or of it the lines in which `only` is found.
+
+    It is one for the whole process: lines of other threads come along.
+    """
+    tail = LogTail(only)
     LOG.listeners = [*LOG.listeners, tail]
     try:
         yield tail

@@ -1,4 +1,4 @@
-"""How fast this machine reads its memory: what bounds the generation of tokens on a CPU."""
+"""How fast memory is read, of this machine and of each device: what bounds the generation of tokens."""
 
 from __future__ import annotations
 
@@ -6,12 +6,21 @@ import ctypes
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
+
+from models import native
+from models.errors import LoadError
+from models.gguf_types import TENSOR_TYPES
+from models.text import human_bytes
+from runner import devices
 
 _BYTES = 256 << 20
 """More than any cache holds."""
 _ROUNDS = 4
+_WIDTH = 4096
+"""Weights in a row, and rows in a matrix, of what a device multiplies: as in a model of seven billion weights."""
 
 
 def memory_bandwidth(threads: int) -> float:
@@ -29,3 +38,110 @@ def memory_bandwidth(threads: int) -> float:
             list(pool.map(lambda i: libc.memchr(memory.ctypes.data + i * share, 0, share), range(threads)))
             best = max(best, threads * share / (time.perf_counter() - began))
     return best
+
+
+@dataclass(frozen=True)
+class DeviceSpeed:
+    """What it takes a device to compute: bytes of weights read per second, and seconds for a call with next to none.
+
+    A call is what one token costs of a device beside its weights: over a network, most of all the way there and back.
+    """
+
+    bytes_per_second: float
+    seconds_per_call: float
+
+
+def device_speed(device: str, tensor_type: str = "F16", threads: int | None = None) -> DeviceSpeed:
+    """How fast `device` multiplies weights of `tensor_type` with one token's activations, by ggml's own code for it.
+
+    A fraction of a second in all; of a CPU with so many `threads`. A device that is lost ends the process. Raises
+    LoadError where it has no memory for it, or no such product.
+    """
+    number, block, block_bytes = next(
+        (number, block, size) for number, (name, block, size) in TENSOR_TYPES.items() if name == tensor_type
+    )
+    matrix = _WIDTH * _WIDTH // block * block_bytes
+    count = max(1, _BYTES // matrix)
+    call = _multiply_seconds(device, number, 1, block, threads)
+    whole = _multiply_seconds(device, number, count, _WIDTH, threads)
+    return DeviceSpeed(count * matrix / max(whole - call, whole / 2), call)
+
+
+def _multiply_seconds(device: str, number: int, count: int, rows: int, threads: int | None) -> float:
+    """Seconds to multiply `count` matrices of `rows` rows, the best of some rounds."""
+    base, pointer = _base(), devices.pointer_of(device)
+    # Room for the graph and what describes its tensors; no data.
+    context = base.ggml_init(_InitParams(base.ggml_graph_overhead() + (3 * count + 8) * 1024, None, True))
+    backend = base.ggml_backend_dev_init(pointer, None)
+    buffer = None
+    try:
+        activations = base.ggml_new_tensor_2d(context, 0, _WIDTH, 1)
+        graph = base.ggml_new_graph(context)
+        for _ in range(count):
+            weights = base.ggml_new_tensor_2d(context, number, _WIDTH, rows)
+            product = base.ggml_mul_mat(context, weights, activations)
+            base.ggml_build_forward_expand(graph, product)
+        if not backend or not base.ggml_backend_supports_op(backend, product):
+            raise LoadError(f"{device} does not multiply weights of this type", device=device)
+        buffer = base.ggml_backend_alloc_ctx_tensors(context, backend)
+        if not buffer:
+            raise LoadError(f"{device} has no {human_bytes(_BYTES)} free to measure with", device=device)
+        base.ggml_backend_buffer_clear(buffer, 0)
+        _set_threads(pointer, backend, threads)
+        best, a_number = float("inf"), ctypes.c_float()
+        for _ in range(_ROUNDS):
+            began = time.perf_counter()
+            if base.ggml_backend_graph_compute(backend, graph) != 0:
+                raise LoadError(f"{device} failed to multiply", device=device)
+            # Computing may go on after the call; a device asked for a number of the result has it then.
+            base.ggml_backend_tensor_get(product, ctypes.byref(a_number), 0, 4)
+            best = min(best, time.perf_counter() - began)
+        return best
+    finally:
+        if buffer:
+            base.ggml_backend_buffer_free(buffer)
+        if backend:
+            base.ggml_backend_free(backend)
+        base.ggml_free(context)
+
+
+class _InitParams(ctypes.Structure):
+    """`ggml_init_params`."""
+
+    _fields_ = [("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
+
+
+def _set_threads(pointer: int, backend: int, threads: int | None) -> None:
+    base = _base()
+    registry = base.ggml_backend_dev_backend_reg(pointer)
+    address = base.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_set_n_threads")
+    if threads and address:  # a CPU has it, a GPU has not
+        ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int)(address)(backend, threads)
+
+
+def _base() -> ctypes.CDLL:
+    lib = native.shared_library("ggml-base")
+    p, i, n = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    functions = {
+        "ggml_init": (p, _InitParams),
+        "ggml_free": (None, p),
+        "ggml_graph_overhead": (ctypes.c_size_t,),
+        "ggml_new_graph": (p, p),
+        "ggml_new_tensor_2d": (p, p, i, n, n),
+        "ggml_mul_mat": (p, p, p, p),
+        "ggml_build_forward_expand": (None, p, p),
+        "ggml_backend_dev_init": (p, p, ctypes.c_char_p),
+        "ggml_backend_dev_backend_reg": (p, p),
+        "ggml_backend_reg_get_proc_address": (p, p, ctypes.c_char_p),
+        "ggml_backend_supports_op": (ctypes.c_bool, p, p),
+        "ggml_backend_alloc_ctx_tensors": (p, p, p),
+        "ggml_backend_buffer_clear": (None, p, ctypes.c_uint8),
+        "ggml_backend_graph_compute": (i, p, p),
+        "ggml_backend_tensor_get": (None, p, p, ctypes.c_size_t, ctypes.c_size_t),
+        "ggml_backend_buffer_free": (None, p),
+        "ggml_backend_free": (None, p),
+    }
+    for name, (result, *arguments) in functions.items():
+        function = getattr(lib, name)
+        function.restype, function.argtypes = result, arguments
+    return lib

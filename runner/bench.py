@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 import statistics
 import sys
 import time
@@ -13,8 +12,6 @@ from dataclasses import dataclass
 from models.gguf_file import GgufFile
 from runner import placement
 from runner.engine.context import BATCH, Context, Snapshot
-
-_EXPERTS = re.compile(r"\.ffn_\w*_exps\.")
 
 
 @dataclass(frozen=True)
@@ -52,20 +49,9 @@ def measure(
             yield _speed(f"pp{prompt}", depth, prompt, seconds)
         if generate:
             seconds = [_generate(context, depth, start, tokens(generate)) for _ in range(rounds)]
-            read = weight_bytes(gguf) + (depth + generate / 2) * sum(placement.kv_bytes_per_token(gguf))
+            weights = sum(placement.bytes_per_token(gguf, placement.Split()).values())
+            read = weights + (depth + generate / 2) * sum(placement.kv_bytes_per_token(gguf))
             yield _speed(f"tg{generate}", depth, generate, seconds, read)
-
-
-def weight_bytes(gguf: GgufFile) -> float:
-    """Bytes of weights that are read for one token: of experts those that are chosen, of an embedding one row."""
-    tied = not any(tensor.name == "output.weight" for tensor in gguf.tensors)
-    experts = gguf.integer(f"{gguf.architecture}.expert_count") or 1
-    chosen = (gguf.integer(f"{gguf.architecture}.expert_used_count") or 1) / experts
-    return sum(
-        tensor.nbytes * (chosen if _EXPERTS.search(tensor.name) else 1)
-        for tensor in gguf.tensors
-        if tied or tensor.name != "token_embd.weight"
-    )
 
 
 def peak_memory() -> int | None:

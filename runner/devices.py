@@ -6,6 +6,7 @@ import ctypes
 import os
 import shutil
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from typing import Any, Literal
 from models import native
 from models.errors import LoadError
 from models.text import printable
+from runner.engine.memory import available_memory
 
 Kind = Literal["cpu", "gpu", "igpu", "accelerator", "other"]
 
@@ -21,19 +23,24 @@ _KINDS: dict[int, Kind] = {0: "cpu", 1: "gpu", 2: "igpu", 3: "accelerator"}
 _GPU_BACKENDS = ("CUDA", "HIP", "ROCm", "MUSA", "Vulkan", "Metal", "MTL", "SYCL", "CANN", "OpenCL", "WebGPU")
 """Names that a build's registry of a GPU backend may have. RPC is none: it has devices only when told of a server."""
 
+_endpoints: list[str] = []
 
 _REBUILD = 'CMAKE_ARGS="-DGGML_CUDA=ON -DGGML_RPC=ON" pip install --no-cache-dir --force-reinstall llama-cpp-python'
 
 
 @dataclass(frozen=True)
 class Device:
-    """One device. Bytes as it reports them itself; a CPU's `free` is often its total."""
+    """One device. `free` and `total` in bytes, as it reports them itself; of a CPU, what this process may take."""
 
     name: str
     description: str
     kind: Kind
     free: int
     total: int
+    backend: str = ""
+    """Such as "CPU", "CUDA", "RPC"."""
+    buffer_type: str = ""
+    """What llama.cpp's log calls its memory: of the device "RPC0", "RPC0[host:port]"."""
 
     @property
     def is_gpu(self) -> bool:
@@ -42,28 +49,77 @@ class Device:
 
 def devices() -> list[Device]:
     """All devices, in llama.cpp's order."""
-    ggml, base = _ggml(), _base()
+    base = _base()
+
+    def text(function: str, pointer: int | None) -> str:
+        raw = getattr(base, function)(pointer) if pointer else None
+        return printable((raw or b"").decode("utf-8", "replace"))
+
     found = []
-    for index in range(ggml.ggml_backend_dev_count()):
-        pointer = ggml.ggml_backend_dev_get(index)
+    for pointer in pointers():
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         base.ggml_backend_dev_memory(pointer, ctypes.byref(free), ctypes.byref(total))
+        kind = _KINDS.get(base.ggml_backend_dev_type(pointer), "other")
+        # A CPU reports the machine's memory as free, and an accelerator beside it nothing.
+        available = available_memory() if kind == "cpu" else None
         found.append(
             Device(
-                name=printable(base.ggml_backend_dev_name(pointer).decode("utf-8", "replace")),
-                description=printable(base.ggml_backend_dev_description(pointer).decode("utf-8", "replace")),
-                kind=_KINDS.get(base.ggml_backend_dev_type(pointer), "other"),
-                free=free.value,
+                name=text("ggml_backend_dev_name", pointer),
+                description=text("ggml_backend_dev_description", pointer),
+                kind=kind,
+                free=free.value if available is None else min(free.value, available),
                 total=total.value,
+                backend=text("ggml_backend_reg_name", base.ggml_backend_dev_backend_reg(pointer)),
+                buffer_type=text("ggml_backend_buft_name", base.ggml_backend_dev_buffer_type(pointer)),
             )
         )
     return found
 
 
-def offload_devices() -> list[Device]:
-    """The devices that layers can be placed on: GPUs, and integrated ones only where there is no other."""
-    found = [device for device in devices() if device.is_gpu]
-    return [device for device in found if device.kind == "gpu"] or found
+def pointers() -> list[int]:
+    """The `ggml_backend_dev_t` of each of `devices()`, in the same order."""
+    ggml = _ggml()
+    return [ggml.ggml_backend_dev_get(index) for index in range(ggml.ggml_backend_dev_count())]
+
+
+def pointer_of(name: str) -> int:
+    """The `ggml_backend_dev_t` of the device called `name`. Raises LoadError."""
+    base = _base()
+    for pointer in pointers():
+        if printable(base.ggml_backend_dev_name(pointer).decode("utf-8", "replace")) == name:
+            return pointer
+    raise LoadError(f"there is no device {name} any more", device=name)
+
+
+def cpu_buffer_type() -> int:
+    """The `ggml_backend_buffer_type_t` of plain CPU memory."""
+    ggml, base = _ggml(), _base()
+    pointer = ggml.ggml_backend_dev_by_type(0)
+    return int(base.ggml_backend_dev_buffer_type(pointer))
+
+
+def device_of_buffer_type(buffer_type: int) -> str:
+    """The name of the device that memory of this `ggml_backend_buffer_type_t` is on; "CPU" for the machine's own."""
+    base = _base()
+    pointer = base.ggml_backend_buft_get_device(buffer_type)
+    if not pointer or base.ggml_backend_buft_is_host(buffer_type) or base.ggml_backend_dev_type(pointer) == 0:
+        return "CPU"
+    return printable(base.ggml_backend_dev_name(pointer).decode("utf-8", "replace"))
+
+
+def offload_devices(found: Sequence[Device] | None = None) -> list[Device]:
+    """The devices that layers can be placed on: GPUs, and integrated ones only where there is no other.
+
+    Of `found`, where another process has looked already.
+    """
+    gpus = [device for device in (devices() if found is None else found) if device.is_gpu]
+    return [device for device in gpus if device.kind == "gpu"] or gpus
+
+
+def has_offload_device() -> bool:
+    """Whether there is any; without asking it anything, since one that is away ends the process."""
+    base = _base()
+    return any(_KINDS.get(base.ggml_backend_dev_type(pointer)) in ("gpu", "igpu") for pointer in pointers())
 
 
 def backends() -> list[str]:
@@ -110,6 +166,13 @@ def add_rpc_device(endpoint: str) -> None:
         said = "; ".join(log.problems())
         raise LoadError(f"no RPC server answers at {endpoint}: {said}", endpoint=endpoint)
     ggml.ggml_backend_register(server)
+    if endpoint not in _endpoints:
+        _endpoints.append(endpoint)
+
+
+def rpc_endpoints() -> tuple[str, ...]:
+    """The servers added in this process, in their order: another process that adds them sees the same devices."""
+    return tuple(_endpoints)
 
 
 def _check_listens(endpoint: str) -> None:
@@ -128,6 +191,8 @@ def _ggml() -> Any:
     for name in ("ggml_backend_dev_get", "ggml_backend_reg_get"):
         getattr(lib, name).argtypes = [ctypes.c_size_t]
         getattr(lib, name).restype = ctypes.c_void_p
+    lib.ggml_backend_dev_by_type.argtypes = [ctypes.c_int]
+    lib.ggml_backend_dev_by_type.restype = ctypes.c_void_p
     lib.ggml_backend_reg_by_name.argtypes = [ctypes.c_char_p]
     lib.ggml_backend_reg_by_name.restype = ctypes.c_void_p
     lib.ggml_backend_register.argtypes = [ctypes.c_void_p]
@@ -138,9 +203,14 @@ def _ggml() -> Any:
 def _base() -> Any:
     """libggml-base, what can be asked of one backend or device."""
     lib = native.shared_library("ggml-base")
-    for name in ("ggml_backend_dev_name", "ggml_backend_dev_description", "ggml_backend_reg_name"):
-        getattr(lib, name).argtypes = [ctypes.c_void_p]
-        getattr(lib, name).restype = ctypes.c_char_p
+    for name in ("dev_name", "dev_description", "reg_name", "buft_name"):
+        getattr(lib, f"ggml_backend_{name}").argtypes = [ctypes.c_void_p]
+        getattr(lib, f"ggml_backend_{name}").restype = ctypes.c_char_p
+    for name in ("dev_backend_reg", "dev_buffer_type", "buft_get_device"):
+        getattr(lib, f"ggml_backend_{name}").argtypes = [ctypes.c_void_p]
+        getattr(lib, f"ggml_backend_{name}").restype = ctypes.c_void_p
+    lib.ggml_backend_buft_is_host.argtypes = [ctypes.c_void_p]
+    lib.ggml_backend_buft_is_host.restype = ctypes.c_bool
     lib.ggml_backend_dev_type.argtypes = [ctypes.c_void_p]
     lib.ggml_backend_dev_type.restype = ctypes.c_int
     pointer = ctypes.POINTER(ctypes.c_size_t)

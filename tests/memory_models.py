@@ -1,4 +1,4 @@
-"""Tiny models of random weights, one of each kind of memory: dense, sliding window, recurrent, hybrid."""
+"""Tiny models of random weights, one of each kind of memory: dense, sliding window, recurrent, hybrid; and experts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def write_model(kind: str, folder: Path) -> Path:
     """A GGUF of `kind` in `folder`, with F32 weights."""
     source = folder / kind
     source.mkdir(parents=True)
-    config, tensors = {"dense": _dense, "window": _window, "recurrent": _recurrent, "hybrid": _hybrid}[kind]()
+    makers = {"dense": _dense, "window": _window, "recurrent": _recurrent, "hybrid": _hybrid, "experts": _experts}
+    config, tensors = makers[kind]()
     write_json(source / "config.json", config)
     write_shards(source, tensors, 1)
     write_tiny_tokenizer(source)
@@ -167,3 +168,23 @@ def assert_taken_back(context: Context) -> None:
         context.extend(held[:n])
         fresh = context.logits().astype(float)
         assert float(ours @ fresh / np.linalg.norm(ours) / np.linalg.norm(fresh)) > 0.99999
+
+
+def _experts() -> tuple[Json, Tensors]:
+    config = tiny_config(
+        "MixtralForCausalLM",
+        num_hidden_layers=6,
+        max_position_embeddings=4096,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        intermediate_size=256,
+        sliding_window=None,
+    )
+    tensors = {name: array for name, array in tiny_tensors(config, "F32").items() if ".mlp." not in name}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for block in range(6):
+        at = f"model.layers.{block}.block_sparse_moe"
+        shapes[f"{at}.gate.weight"] = (8, 64)
+        for expert in range(8):
+            shapes |= {f"{at}.experts.{expert}.w{i}.weight": (256, 64) if i != 2 else (64, 256) for i in (1, 2, 3)}
+    return config, tensors | _random(shapes)

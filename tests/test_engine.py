@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -278,14 +280,39 @@ def test_the_context_is_chosen(starter_model: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_available_memory_is_the_least_that_anybody_says(tmp_path: Path) -> None:
-    meminfo = tmp_path / "meminfo"
+    meminfo, own = tmp_path / "meminfo", tmp_path / "own"
     meminfo.write_text("MemTotal: 9 kB\nMemAvailable:    4 kB\n")
-    assert memory.available_memory(meminfo, tmp_path) == 4096
+
+    def available() -> int | None:
+        return memory.available_memory(meminfo, tmp_path, own)
+
+    assert available() == 4096
+    own.write_text("4:memory:/a/b\n0::/c\n")
+    (tmp_path / "c").mkdir()
     (tmp_path / "memory.max").write_text("2000\n")
     (tmp_path / "memory.current").write_text("500\n")
-    assert memory.available_memory(meminfo, tmp_path) == 1500
+    assert available() == 1500
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory.available_memory(meminfo, tmp_path) == 4096
+    assert available() == 4096
+    (tmp_path / "c/memory.max").write_text("1000\n")
+    (tmp_path / "c/memory.current").write_text("900\n")
+    assert available() == 100
+    (tmp_path / "c/memory.stat").write_text("anon 5\ninactive_file 600\nactive_file 7\n")
+    assert available() == 700
+    group = tmp_path / "memory/a"
+    group.mkdir(parents=True)
+    (group / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+    (group / "memory.usage_in_bytes").write_text("40\n")
+    assert available() == 700
+    (group / "memory.limit_in_bytes").write_text("50\n")
+    assert available() == 10
+
+
+def test_a_limit_of_the_process_counts() -> None:
+    script = "import resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 30, -1))\n"
+    script += "from runner.engine.memory import available_memory; print(available_memory())"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert 0 < int(done.stdout) < 1 << 30
 
 
 def test_threads_are_physical_cores_within_the_quota(tmp_path: Path) -> None:

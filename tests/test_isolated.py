@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from convert import isolated
-from convert.isolated import Ended, isolation
+from models import isolated
 from models.errors import TensorError
+from models.isolated import Ended, isolation
 
 
 def refuse(name: str) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +16,13 @@ import pytest
 
 from models.gguf_file import GgufFile, LazyArray, TensorInfo, read_gguf
 from runner import placement
-from runner.devices import Device, backends
-from runner.placement import RESERVE, fewer_layers, layer_bytes, place
+from runner.devices import backends
+from runner.engine.model_params import cpu_patterns
+from runner.placement import Split, bytes_per_token, fewer_layers, fill, read_layers
+from tests.memory_models import write_model
 from tests.rpc_server import rpc_server
 
 MB = 1_000_000
-
-
-def gpu(free: int) -> Device:
-    return Device("GPU0", "fake", "gpu", free, free)
 
 
 def header(*, blocks: int = 4, output: bool = True, **metadata: Any) -> GgufFile:
@@ -45,9 +47,9 @@ def array(*items: int) -> LazyArray:
 
 
 def test_bytes_of_layers() -> None:
-    assert layer_bytes(header(), 0) == [10 * MB] * 4 + [30 * MB]
-    assert layer_bytes(header(output=False), 0) == [10 * MB] * 4 + [20 * MB]
-    assert layer_bytes(header(), 1000) == [10 * MB + 4096 * 1000] * 4 + [30 * MB]
+    assert read_layers(header()).weights == (10 * MB,) * 4 + (30 * MB,)
+    assert read_layers(header(output=False)).weights == (10 * MB,) * 4 + (20 * MB,)
+    assert read_layers(header()).kv == (4096,) * 4 + (0,)
     few: dict[str, Any] = {"llama.attention.head_count_kv": 2, "llama.attention.key_length": 128}
     few_heads = header(**few)
     assert placement.kv_bytes_per_token(few_heads) == [2 * 2 * (128 + 64)] * 4
@@ -67,43 +69,28 @@ def test_bytes_of_layers() -> None:
     ],
 )
 def test_a_header_that_makes_no_sense_does_no_harm(metadata: dict[str, Any]) -> None:
-    plan = place(header(**metadata), n_ctx=512, asked="auto", vram=None, available=[gpu(10**12)])
-    assert plan.gpu_layers == plan.n_layers == 5
+    layers = read_layers(header(**metadata))
+    assert layers.count == 5
+    assert all(kv >= 0 for kv in layers.kv)
 
 
 def test_the_real_models_bytes(starter_model: Path) -> None:
     gguf = read_gguf(starter_model)
-    costs = layer_bytes(gguf, 0)
+    layers = read_layers(gguf)
     embedding = next(tensor.nbytes for tensor in gguf.tensors if tensor.name == "token_embd.weight")
-    assert len(costs) == 31
-    assert sum(costs) == sum(tensor.nbytes for tensor in gguf.tensors)
-    assert costs[-1] > embedding
-    assert sum(placement.kv_bytes_per_token(gguf)) == 30 * 2 * 2 * 192
+    assert layers.count == 31
+    assert sum(layers.weights) == sum(tensor.nbytes for tensor in gguf.tensors)
+    assert layers.weights[-1] > embedding
+    assert sum(layers.kv) == 30 * 2 * 2 * 192
+    assert [name for name, _ in layers.movable[3]] == [f"blk.3.ffn_{part}.weight" for part in ("down", "gate", "up")]
 
 
-def test_auto_takes_all_that_fits() -> None:
-    def auto(free: int, vram: int | None = None) -> placement.Placement:
-        return place(header(), n_ctx=0, asked="auto", vram=vram, available=[gpu(free)])
-
-    assert auto(RESERVE + 200 * MB).gpu_layers == 5
-    assert auto(RESERVE + 55 * MB).gpu_layers == 3
-    assert auto(RESERVE + 29 * MB).gpu_layers == 0
-    assert auto(0).gpu_layers == 0
-    assert auto(10**12, vram=RESERVE + 45 * MB).gpu_layers == 2
-    assert auto(RESERVE + 45 * MB, vram=10**12).gpu_layers == 2
-    plan = auto(RESERVE + 55 * MB)
-    assert plan.needed == 50 * MB
-    assert str(plan).startswith("3/5 layers on GPU0: as many as fit the ")
-
-
-def test_what_is_asked_for_is_taken() -> None:
-    def asked(layers: placement.GpuLayers) -> int:
-        return place(header(), n_ctx=0, asked=layers, vram=None, available=[gpu(0)]).gpu_layers
-
-    assert [asked("all"), asked(0), asked(3), asked(99)] == [5, 0, 3, 5]
-    nowhere = place(header(), n_ctx=0, asked="all", vram=None, available=[])
-    assert nowhere.gpu_layers == 0
-    assert "no GPU" in str(nowhere)
+def test_devices_are_filled_from_the_output() -> None:
+    assert fill([10, 10, 10, 30], [45, 25]) == [2, 2]
+    assert fill([10, 10, 10, 30], [29, 45]) == [0, 2]
+    assert fill([10, 10, 10, 30], [100, 100]) == [4, 0]
+    assert fill([1.5, 1.5], [2]) == [1]
+    assert fill([10], []) == []
 
 
 def test_fewer_layers_end_on_the_cpu() -> None:
@@ -111,6 +98,42 @@ def test_fewer_layers_end_on_the_cpu() -> None:
     assert list(fewer_layers(1)) == [0]
     assert list(fewer_layers(2)) == [1, 0]
     assert list(fewer_layers(0)) == []
+
+
+def test_with_fewer_layers_each_device_keeps_its_share() -> None:
+    split = Split((("A", 20), ("B", 11)), ("blk.3.ffn_up.weight",))
+    assert split.fewer(23) == Split((("A", 15), ("B", 8)), ("blk.3.ffn_up.weight",))
+    assert split.fewer(1).gpu_layers == 1
+    assert split.fewer(0).gpu_layers == 0
+
+
+def test_what_stays_on_the_cpu_is_found_by_few_patterns() -> None:
+    kept = [f"blk.{i}.ffn_{part}_exps.weight" for i in (1, 2, 12) for part in ("up", "gate", "down")]
+    kept += ["blk.21.ffn_down_exps.weight", "blk.3.exp_probs_b.bias"]
+    others = [f"blk.{i}.ffn_{part}_exps.weight" for i in (0, 3, 11, 22, 121) for part in ("up", "down")]
+    others += ["blk.21.ffn_up_exps.weight", "blk.1.ffn_up.weight", "blk.1.ffn_up_exps.bias", "output.weight"]
+    patterns = cpu_patterns(kept)
+    assert len(patterns) == 3
+    assert [name for name in kept + others if any(re.search(pattern, name) for pattern in patterns)] == kept
+    assert cpu_patterns(["output.weight", "blk.1.a|b.weight", "blk.1.(x.weight"]) == []
+
+
+def test_weights_read_for_a_token(starter_model: Path) -> None:
+    gguf = read_gguf(starter_model)
+    layers = read_layers(gguf)
+    everything = sum(tensor.nbytes for tensor in gguf.tensors)
+    # Its embedding is tied: it is read whole, as the output.
+    assert bytes_per_token(gguf, Split()) == {"CPU": everything}
+    some = bytes_per_token(gguf, Split((("B", 3), ("A", 2)), ("blk.29.ffn_up.weight",)))
+    up = dict(layers.movable[29])["blk.29.ffn_up.weight"]
+    assert some["CPU"] == sum(layers.weights[:26]) + up
+    assert some["B"] == sum(layers.weights[26:29])
+    assert some["A"] == sum(layers.weights[29:]) - up
+    counts: dict[str, Any] = {"llama.expert_count": 8, "llama.expert_used_count": 2}
+    untied = header(**counts)
+    exps = TensorInfo("blk.1.ffn_up_exps.weight", (1,), "F16", 0, 80 * MB)
+    found = bytes_per_token(replace(untied, tensors=(*untied.tensors, exps)), Split((("A", 1),)))
+    assert found == {"CPU": 4 * 10 * MB + 20 * MB, "A": 30 * MB}
 
 
 # Each in a process of its own: a device once registered stays, and one that is lost ends the process.
@@ -121,13 +144,12 @@ from models import native
 from runner.devices import add_rpc_device
 from runner.engine.local import load
 from runner.engine.protocol import LoadOptions, Sampling
-model, endpoint, context, *wanted = sys.argv[1:]
-if endpoint:
+model, endpoints, *wanted = sys.argv[1:]
+for endpoint in filter(None, endpoints.split(",")):
     add_rpc_device(endpoint)
-for layers in wanted:
-    layers = layers if layers in ("auto", "all") else int(layers)
+for options in map(json.loads, wanted):
     with native.capture_log() as log:
-        engine = load(Path(model), LoadOptions(context=int(context), gpu_layers=layers, repack=False))
+        engine = load(Path(model), LoadOptions(repack=False, cache=0, **options))
     with engine:
         tokens = engine.encode_text("Once upon a time, in a small village,")
         chunks = list(engine.generate(tokens, Sampling(temperature=0.0, max_tokens=8)))
@@ -135,18 +157,30 @@ for layers in wanted:
         "text": "".join(chunk.text for chunk in chunks),
         "gpu_layers": engine.info.gpu_layers,
         "device": engine.info.device,
+        "n_ctx": engine.info.n_ctx,
         "notes": engine.info.notes,
         "on_device": sum("assigned to device RPC" in line for line in log.lines),
+        "said": [line for line in log.lines if "buffer size" in line or "overridden" in line],
     }))
 """
+_BUFFER = re.compile(r"(RPC0\[\S+\]) .*buffer size = +([\d.]+) MiB")
 
 
-def run(model: Path, endpoint: str, *layers: str, context: int = 256) -> list[dict[str, Any]]:
-    command = [sys.executable, "-c", PROGRAM, str(model), endpoint, str(context), *layers]
+def run(model: Path, endpoints: str, *wanted: dict[str, Any]) -> list[dict[str, Any]]:
+    options = [json.dumps({"context": 256} | options) for options in wanted]
+    command = [sys.executable, "-c", PROGRAM, str(model), endpoints, *options]
     root = Path(__file__).parents[1]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=300)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def bytes_taken(said: list[str]) -> dict[str, int]:
+    """By device (its buffer type names its server), as a load logged it."""
+    found: dict[str, int] = {}
+    for match in filter(None, map(_BUFFER.search, said)):
+        found[match[1]] = found.get(match[1], 0) + int(float(match[2]) * (1 << 20))
+    return found
 
 
 needs_rpc = pytest.mark.skipif("RPC" not in backends(), reason="this build has no RPC backend")
@@ -155,7 +189,9 @@ needs_rpc = pytest.mark.skipif("RPC" not in backends(), reason="this build has n
 @needs_rpc
 def test_layers_on_a_device_give_the_text_of_the_cpu(starter_model: Path) -> None:
     with rpc_server() as endpoint:
-        cpu, some, everything, auto = run(starter_model, endpoint, "0", "12", "all", "auto")
+        cpu, some, everything, auto = run(
+            starter_model, endpoint, *({"gpu_layers": layers} for layers in (0, 12, "all", "auto"))
+        )
     assert [run["gpu_layers"] for run in (cpu, some, everything, auto)] == [0, 12, 31, 31]
     assert [run["on_device"] for run in (cpu, some, everything, auto)] == [0, 12, 31, 31]
     assert cpu["text"] == some["text"] == everything["text"] == auto["text"]
@@ -169,7 +205,7 @@ def test_layers_on_a_device_give_the_text_of_the_cpu(starter_model: Path) -> Non
 @pytest.mark.parametrize("megabytes", [260, 4])
 def test_a_device_without_the_memory_gets_less(starter_model: Path, megabytes: int) -> None:
     with rpc_server(memory=megabytes * MB) as endpoint:
-        (result,) = run(starter_model, endpoint, "all", context=8192)
+        (result,) = run(starter_model, endpoint, {"gpu_layers": "all", "context": 8192})
     assert result["notes"][0].startswith("the GPU has no memory for 31 layers; tried again with ")
     assert result["text"]
     if megabytes == 260:  # weights and cache of all layers take 287 MB there, those of 23 layers 218 MB
@@ -182,7 +218,64 @@ def test_a_device_without_the_memory_gets_less(starter_model: Path, megabytes: i
 
 
 def test_without_a_gpu_one_line_says_why(starter_model: Path) -> None:
-    (result,) = run(starter_model, "", "auto")
+    (result,) = run(starter_model, "", {"gpu_layers": "auto"})
     if result["gpu_layers"] == 0:
         assert len(result["notes"]) == 1
         assert result["notes"][0].startswith("CPU only: ")
+
+
+@needs_rpc
+def test_a_load_takes_what_it_may_of_each_device(starter_model: Path) -> None:
+    cap = 55 * MB
+    with rpc_server(memory=1000 * MB) as one, rpc_server(memory=1000 * MB) as two:
+        cpu, capped, reduced = run(
+            starter_model,
+            f"{one},{two}",
+            {"gpu_layers": 0, "context": 2048},
+            {"vram": cap, "context": 2048},
+            {"vram": 90 * MB, "context": "auto", "kv_types": "auto"},
+        )
+    taken = bytes_taken(capped["said"])
+    assert len(taken) == 2
+    assert all(0.75 * cap < size <= cap + MB for size in taken.values())
+    assert 0 < capped["gpu_layers"] < 31
+    assert capped["on_device"] == capped["gpu_layers"]
+    assert capped["notes"][-1].startswith(f"{capped['gpu_layers']}/31 layers on RPC1+RPC0: as many as fit the 110 MB")
+    assert capped["text"] == cpu["text"]
+    assert reduced["gpu_layers"] == 31
+    assert reduced["n_ctx"] < 8192
+    assert [note.split(" ")[0] for note in reduced["notes"][:2]] == ["the", "context"]
+
+
+@needs_rpc
+def test_experts_stay_on_the_cpu_and_attention_does_not(tmp_path: Path) -> None:
+    model = write_model("experts", tmp_path)
+    with rpc_server(memory=1000 * MB) as endpoint:
+        cpu, capped = run(model, endpoint, {"gpu_layers": 0, "context": 512}, {"vram": 4 * MB, "context": 512})
+    assert capped["gpu_layers"] == 7
+    kept = [line for line in capped["said"] if "overridden to CPU" in line]
+    assert kept
+    assert all("_exps" in line for line in kept)
+    assert "experts of " in capped["notes"][-1]
+    assert capped["text"] == cpu["text"]
+    assert all(size <= 4 * MB for size in bytes_taken(capped["said"]).values())
+
+
+@needs_rpc
+@pytest.mark.parametrize(("number", "says"), [(signal.SIGKILL, "refused"), (signal.SIGSTOP, "longer than 3 s")])
+def test_a_device_that_is_away_when_it_is_asked_costs_a_note(number: int, says: str, starter_model: Path) -> None:
+    lose = f"from runner import planner; planner.QUESTION_SECONDS = 3\nimport os; os.kill(server, {number})\n"
+    program = PROGRAM.replace("for options in map", lose + "for options in map")
+    program = program.replace("model, endpoints", "server = int(sys.argv.pop())\nmodel, endpoints", 1)
+    with rpc_server() as endpoint:
+        processes = Path("/proc").glob("[0-9]*/cmdline")
+        server = next(file.parent.name for file in processes if endpoint.encode() in file.read_bytes())
+        command = [sys.executable, "-c", program, str(starter_model), endpoint, '{"context": 256}', server]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=120)
+        os.kill(int(server), signal.SIGCONT)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["gpu_layers"] == 0
+    assert result["notes"][0].startswith("no GPU is used: ")
+    assert says in result["notes"][0]
+    assert result["text"]

@@ -9,10 +9,10 @@ import pytest
 
 from convert import pipeline, reading
 from convert.converter import convert_checkpoint
-from convert.isolated import isolation
 from convert.reading import vocabulary_of
 from convert.tokenizer import UnsupportedTokenizer, read_vocabulary
 from models.errors import TokenizerError
+from models.isolated import isolation
 from tests.checkpoints import tiny_checkpoint
 
 TEXTS = ("one text", "另一个")

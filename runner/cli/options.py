@@ -45,16 +45,27 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
 
 def add_load_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("loading")
-    group.add_argument("-c", "--context", type=integer(1), metavar="N", help="tokens of context (default: chosen)")
+    group.add_argument(
+        "-c",
+        "--context",
+        type=context,
+        metavar="N|auto",
+        help="tokens of context (default: as trained, if memory holds it; auto: fewer, if then more fits the GPU)",
+    )
     group.add_argument(
         "-g", "--gpu-layers", type=gpu_layers, default="auto", metavar="auto|all|N", help="layers to put on the GPU"
     )
-    group.add_argument("--vram", type=size, metavar="SIZE", help="GPU memory to use at most, such as 6G")
+    group.add_argument("--vram", type=size, metavar="SIZE", help="memory to use at most of each GPU, such as 6G")
+    group.add_argument("--reserve", type=size, metavar="SIZE", help="memory to leave free on each GPU (256M)")
     group.add_argument(
         "-j", "--threads", type=integer(1), metavar="N", help="threads to compute with (default: physical cores)"
     )
     group.add_argument(
-        "--kv-type", type=kv_types, metavar="TYPE[,TYPE]", default=("f16", "f16"), help=f"K and V of the cache: {_KV}"
+        "--kv-type",
+        type=kv_types,
+        metavar="TYPE[,TYPE]|auto",
+        default=("f16", "f16"),
+        help=f"K and V of the cache: {_KV}; auto: f16, or q8_0 if then more fits the GPU",
     )
     group.add_argument(
         "--lora",
@@ -102,6 +113,7 @@ def load_options(args: argparse.Namespace) -> LoadOptions:
         gpu_layers=args.gpu_layers,
         threads=args.threads,
         vram=args.vram,
+        reserve=args.reserve,
         parse_special=args.parse_special,
         verbose=args.verbose,
         kv_types=args.kv_type,
@@ -179,8 +191,15 @@ def logit_bias(text: str) -> tuple[int, float]:
     return integer(0)(token), number(-100, 100)(bias)
 
 
-def kv_types(text: str) -> tuple[str, str]:
-    """An argparse type: the type of the KV cache, or those of K and V apart: `q8_0`, `q8_0,q4_0`."""
+def context(text: str) -> int | Literal["auto"]:
+    """An argparse type: tokens, or `auto`."""
+    return "auto" if text == "auto" else integer(1)(text)
+
+
+def kv_types(text: str) -> tuple[str, str] | Literal["auto"]:
+    """An argparse type: the type of the KV cache, or those of K and V apart: `q8_0`, `q8_0,q4_0`; or `auto`."""
+    if text == "auto":
+        return "auto"
     k, _, v = text.lower().partition(",")
     for kind in (k, v or k):
         if kind not in _KV.split(", "):

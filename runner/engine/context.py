@@ -96,6 +96,20 @@ class ContextOptions:
     """Of a state that each token overwrites, copies for so many tokens back, where llama.cpp can keep them."""
 
 
+def context_params(options: ContextOptions) -> Any:
+    """`llama_context_params` of a context that `options` describe: all that decides how much memory it takes."""
+    params = native.library().llama_context_default_params()
+    params.n_ctx = options.n_ctx
+    params.n_batch = params.n_ubatch = BATCH
+    params.n_outputs_max = MOST_OUTPUTS
+    params.n_threads, params.n_threads_batch = options.threads, options.batch_threads
+    params.type_k, params.type_v = options.type_k, options.type_v
+    params.swa_full = options.whole_window
+    params.n_rs_seq = options.rollback
+    params.no_perf = True
+    return params
+
+
 class Context:
     """One sequence of tokens in a model's memory (the KV cache, or the state of a recurrent model).
 
@@ -117,15 +131,7 @@ class Context:
         self._stop = False
         self._interruptible = True
         self._abort_callback = ctypes.cast(_LIBC.strlen, lib.ggml_abort_callback)
-        params = lib.llama_context_default_params()
-        params.n_ctx = options.n_ctx
-        params.n_batch = params.n_ubatch = BATCH
-        params.n_outputs_max = MOST_OUTPUTS
-        params.n_threads, params.n_threads_batch = options.threads, options.batch_threads
-        params.type_k, params.type_v = options.type_k, options.type_v
-        params.swa_full = options.whole_window
-        params.n_rs_seq = options.rollback
-        params.no_perf = True
+        params = context_params(options)
         params.abort_callback = self._abort_callback
         params.abort_callback_data = ctypes.cast(self._flag, ctypes.c_void_p)
         with native.capture_log() as log:

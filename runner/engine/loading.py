@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,21 @@ from models.library import home
 from models.native import Vocabulary
 from models.text import human_bytes
 from runner import devices, placement
+from runner.devices import Device
 from runner.engine.adapters import apply_adapters
 from runner.engine.context import Context, ContextOptions
 from runner.engine.draft_model import DraftModel
 from runner.engine.lookup import Lookup
 from runner.engine.memory import available_memory
+from runner.engine.model_params import model_params
 from runner.engine.prediction_head import PredictionHead, has_prediction_head
 from runner.engine.protocol import LoadOptions, LoadProgress
 from runner.engine.speculation import BatchSeconds, Speculation
 from runner.engine.state_files import DEFAULT_LIMIT, StateFiles, model_key
 from runner.engine.threads import default_threads
+from runner.placement import DEFAULT_KV_TYPES, Placement, Settings, Split
+from runner.placing import Wish, place_without_asking
+from runner.planner import planner
 
 UNKNOWN_CONTEXT = 8192
 """Tokens of context for a model that does not say on how many it was trained."""
@@ -70,47 +76,38 @@ def load_file(path: Path, options: LoadOptions, progress: LoadProgress | None) -
     threads = options.threads or default_threads()
     native.set_verbose(options.verbose)
 
-    available = devices.offload_devices() if options.gpu_layers != 0 else []
-    plan = placement.place(
-        gguf,
-        n_ctx=n_ctx,
-        asked=options.gpu_layers,
-        vram=options.vram,
-        available=available,
-        kv_types=options.kv_types,
-    )
-    if not available and options.gpu_layers != 0:
-        notes.append(devices.why_no_gpu())
-    elif 0 < plan.gpu_layers < plan.n_layers and options.gpu_layers == "auto":
-        notes.append(str(plan))
+    plan, available = _plan(gguf, n_ctx, options, notes)
+    split, n_ctx, kv_types = plan.split, plan.settings.n_ctx, plan.settings.kv_types
     whole_window = False
     if not plan.gpu_layers and gguf.integer(f"{gguf.architecture}.attention.sliding_window"):
-        whole_window, note = _choose_window(gguf, n_ctx, options, spare)
+        whole_window, note = _choose_window(gguf, n_ctx, kv_types, spare)
         notes.append(note)
+    # Copies of a state, and a head of the model's own, are for memory that no layer needs.
+    spares = not plan.gpu_layers or plan.is_all
     settings = ContextOptions(
         n_ctx=n_ctx,
         threads=threads,
         batch_threads=threads,
-        type_k=placement.KV_TYPES[options.kv_types[0]][0],
-        type_v=placement.KV_TYPES[options.kv_types[1]][0],
+        type_k=placement.KV_TYPES[kv_types[0]][0],
+        type_v=placement.KV_TYPES[kv_types[1]][0],
         whole_window=whole_window,
-        rollback=_rollback(gguf, spare) if options.speculate or options.draft else 0,
+        rollback=_rollback(gguf, spare) if spares and (options.speculate or options.draft) else 0,
     )
 
-    head = options.speculate and options.draft is None and has_prediction_head(gguf)
-    layers = plan.gpu_layers
-    remaining = placement.fewer_layers(layers)
+    head = spares and options.speculate and options.draft is None and has_prediction_head(gguf)
+    remaining = placement.fewer_layers(split.gpu_layers)
     while True:
         try:
-            model, context = _attempt(path, layers, settings, options, progress, head=head)
+            model, context = _attempt(path, split, settings, options, progress, head=head)
             break
         except LoadError as error:
             fewer = next(remaining, None)
             if fewer is None or not _is_memory_failure(error):
                 raise
             where = f"{fewer} on the GPU" if fewer else "the CPU alone"
-            notes.append(f"the GPU has no memory for {layers} layers; tried again with {where}")
-            layers = fewer
+            notes.append(f"the GPU has no memory for {split.gpu_layers} layers; tried again with {where}")
+            split = plan.split.fewer(fewer)
+    layers = split.gpu_layers
     try:
         vocabulary = Vocabulary(native.library().llama_model_get_vocab(model))
         metadata = native.model_metadata(model)
@@ -129,7 +126,7 @@ def load_file(path: Path, options: LoadOptions, progress: LoadProgress | None) -
         metadata=metadata,
         gpu_layers=layers,
         n_layers=plan.n_layers,
-        device=" + ".join(f"{d.name} ({d.description})" for d in available) if layers else "CPU",
+        device=" + ".join(f"{d.name} ({d.description})" for d in available if dict(split.layers).get(d.name)) or "CPU",
         seconds=time.perf_counter() - started,
         notes=tuple(notes),
         branch_bytes=_BRANCH_BYTES_UNKNOWN if spare is None else min(_MOST_BRANCH_BYTES, spare // _SPARE_SHARE),
@@ -138,15 +135,52 @@ def load_file(path: Path, options: LoadOptions, progress: LoadProgress | None) -
     )
 
 
+def _plan(gguf: GgufFile, n_ctx: int, options: LoadOptions, notes: list[str]) -> tuple[Placement, Sequence[Device]]:
+    """Where the layers go, and of which devices. One that is lost meanwhile costs a note, and the CPU computes."""
+    beside = [path for path, _ in options.loras] + ([options.draft] if options.draft else [])
+    wish = Wish(
+        Settings(n_ctx, DEFAULT_KV_TYPES if options.kv_types == "auto" else options.kv_types),
+        options.gpu_layers,
+        vram=options.vram,
+        reserve=options.reserve,
+        beside=sum(path.stat().st_size for path in beside if path.is_file()),
+        reduce_kv=options.kv_types == "auto",
+        reduce_context=options.context == "auto",
+    )
+    if options.gpu_layers == 0:
+        return place_without_asking(gguf, [], wish), []
+    if not devices.has_offload_device():
+        notes.append(devices.why_no_gpu())
+        return place_without_asking(gguf, [], wish), []
+    if options.gpu_layers != "auto" and not devices.rpc_endpoints():
+        available = devices.offload_devices()
+        return place_without_asking(gguf, available, wish), available
+    try:
+        with planner() as asked:
+            available = devices.offload_devices(asked.devices())
+            if options.gpu_layers != "auto":
+                return place_without_asking(gguf, available, wish), available
+            plan = asked.place(gguf, available, wish, repack=options.repack)
+    except LoadError as error:
+        if not error.facts.get("lost"):
+            raise
+        notes.append(f"no GPU is used: {error}")
+        return place_without_asking(gguf, [], wish), []
+    notes += plan.notes
+    if not plan.is_all:
+        notes.append(str(plan))
+    return plan, available
+
+
 def _spare_memory(gguf: GgufFile) -> int | None:
     """Bytes that are left beside the weights; None where nobody says."""
     available = available_memory()
     return None if available is None else max(available - gguf.size, available // _SPARE_SHARE)
 
 
-def _choose_window(gguf: GgufFile, n_ctx: int, options: LoadOptions, spare: int | None) -> tuple[bool, str]:
+def _choose_window(gguf: GgufFile, n_ctx: int, kv_types: tuple[str, str], spare: int | None) -> tuple[bool, str]:
     """Whether a model that looks back a window only gets a cache of everything, which can be cut anywhere; a note."""
-    whole = n_ctx * sum(placement.kv_bytes_per_token(gguf, options.kv_types))
+    whole = n_ctx * sum(placement.kv_bytes_per_token(gguf, kv_types))
     size = human_bytes(whole)
     if spare is not None and whole <= spare // _SPARE_SHARE:
         return True, f"sliding window: the whole cache is kept ({size}), so that it can be cut anywhere"
@@ -211,8 +245,9 @@ def choose_context(gguf: GgufFile, options: LoadOptions) -> tuple[int, list[str]
 
     Raises UsageError for no number of tokens, LoadError for more than the memory can hold.
     """
-    trained, asked = gguf.context_length or 0, options.context
-    per_token = sum(placement.kv_bytes_per_token(gguf, options.kv_types))
+    trained, asked = gguf.context_length or 0, None if options.context == "auto" else options.context
+    kv_types = DEFAULT_KV_TYPES if options.kv_types == "auto" else options.kv_types
+    per_token = sum(placement.kv_bytes_per_token(gguf, kv_types))
     available = available_memory()
     if asked is not None:
         if asked < 1:
@@ -240,7 +275,7 @@ def _affordable(memory: int, per_token: int) -> int:
 
 def _attempt(
     path: Path,
-    gpu_layers: int,
+    split: Split,
     settings: ContextOptions,
     options: LoadOptions,
     progress: LoadProgress | None,
@@ -249,8 +284,7 @@ def _attempt(
 ) -> tuple[Any, Context]:
     """One try. Raises LoadError; nothing stays in memory then."""
     lib = native.library()
-    params = lib.llama_model_default_params() if gpu_layers else native.cpu_model_params()
-    params.n_gpu_layers = gpu_layers
+    params = model_params(split)
     params.load_mode = lib.LLAMA_LOAD_MODE_AUTO
     params.load_mtp = head
     params.use_extra_bufts = options.repack and not _computes_with_amx()

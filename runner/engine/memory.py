@@ -4,31 +4,70 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+from runner.engine.cgroups import CGROUPS, OWN, control_groups
 
-def available_memory(meminfo: Path = Path("/proc/meminfo"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes that can be taken without swapping, within the control group's limit; None where nobody says."""
-    found = [size for size in (_system(meminfo), _control_group(cgroups)) if size is not None]
-    return min(found, default=None)
+_NO_LIMIT = 1 << 60
+"""Version 1 writes a number near 2^63 where there is no limit."""
+
+
+def available_memory(
+    meminfo: Path = Path("/proc/meminfo"), cgroups: Path = CGROUPS, own: Path = OWN, statm: Path | None = None
+) -> int | None:
+    """Bytes that can be taken without swapping, within the limits of the control groups and of this process.
+
+    None where nobody says.
+    """
+    found = [_system(meminfo), _address_space(statm or Path("/proc/self/statm"))]
+    found += [_control_group(group) for group in control_groups("memory", cgroups, own)]
+    return min((size for size in found if size is not None), default=None)
+
+
+def total_memory() -> int | None:
+    """Bytes of memory that the machine has; None where nobody says."""
+    with suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
 
 
 def _system(meminfo: Path) -> int | None:
     if sys.platform == "linux":
-        try:
+        with suppress(OSError, ValueError, IndexError):
             for line in meminfo.read_text().splitlines():
                 if line.startswith("MemAvailable:"):
                     return int(line.split()[1]) * 1024
-        except (OSError, ValueError, IndexError):
-            return None
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
         return None
+    return total_memory()
 
 
-def _control_group(folder: Path) -> int | None:
-    try:
-        return int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())
-    except (OSError, ValueError):  # "max" is no number: no limit
-        return None
+def _address_space(statm: Path) -> int | None:
+    """What `ulimit -v` leaves."""
+    with suppress(ImportError, OSError, ValueError, IndexError):  # not on Windows
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if limit != resource.RLIM_INFINITY:
+            return max(0, limit - int(statm.read_text().split()[0]) * resource.getpagesize())
+    return None
+
+
+def _control_group(group: Path) -> int | None:
+    for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+        with suppress(OSError, ValueError):  # "max" is no number: no limit
+            most = int((group / limit).read_text())
+            if most < _NO_LIMIT:
+                return max(0, most - int((group / used).read_text()) + sum(_droppable(group)))
+    return None
+
+
+def _droppable(group: Path) -> Iterator[int]:
+    """What counts as used, and is a copy of files that goes when memory is wanted."""
+    with suppress(OSError, ValueError, IndexError):
+        for line in (group / "memory.stat").read_text().splitlines():
+            name, value = line.split()[:2]
+            if name in ("inactive_file", "total_inactive_file"):
+                yield int(value)
+                return

@@ -199,16 +199,21 @@ class Engine(Protocol):
 class LoadOptions:
     """What a person may set. None: chosen by the runner."""
 
-    context: int | None = None
+    context: int | Literal["auto"] | None = None
+    """Tokens. None: as many as the model knows and memory holds; "auto": fewer, too, if then more fits a GPU."""
     gpu_layers: int | Literal["auto", "all"] = "auto"
     threads: int | None = None
     vram: int | None = None
+    """Bytes of each GPU that may be used at most."""
+    reserve: int | None = None
+    """Bytes of each GPU to leave for others."""
     parse_special: bool = False
     repack: bool = True
     """Lay weights out anew where the CPU computes faster so: more private memory, other rounding."""
     verbose: bool = False
-    kv_types: tuple[str, str] = ("f16", "f16")
-    """What the numbers of the KV cache are kept as: K, V. See `runner.placement.KV_TYPES`."""
+    kv_types: tuple[str, str] | Literal["auto"] = ("f16", "f16")
+    """What the numbers of the KV cache are kept as: K, V. See `runner.placement.KV_TYPES`. "auto": f16, or less
+    if then more fits a GPU."""
     when_busy: Literal["refuse", "wait"] = "refuse"
     """What happens to who wants a reply while another is generated."""
     cache: int | None = None

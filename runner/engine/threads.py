@@ -6,8 +6,9 @@ import os
 import sys
 from pathlib import Path
 
+from runner.engine.cgroups import CGROUPS, OWN, control_groups
+
 _CPUS = Path("/sys/devices/system/cpu")
-_CGROUPS = Path("/sys/fs/cgroup")
 
 
 def default_threads() -> int:
@@ -38,23 +39,10 @@ def _physical_cores(processors: set[int], folder: Path = _CPUS) -> int:
     return len(cores)
 
 
-def _quota(folder: Path = _CGROUPS, own: Path = Path("/proc/self/cgroup")) -> float | None:
+def _quota(folder: Path = CGROUPS, own: Path = OWN) -> float | None:
     """Processors' worth of time that the control groups above this process allow, the least of them; or None."""
-    try:
-        entries = own.read_text().splitlines()
-    except OSError:
-        return None
-    shares = []
-    for entry in entries:
-        _, controllers, path = [*entry.split(":", 2), "", ""][:3]
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        root = folder / controllers if controllers else folder
-        inside = Path(path.lstrip("/"))
-        for level in (inside, *inside.parents):
-            shares.append(_share(root / level))
-    found = [share for share in shares if share is not None]
-    return min(found, default=None)
+    shares = [_share(group) for group in control_groups("cpu", folder, own)]
+    return min((share for share in shares if share is not None), default=None)
 
 
 def _share(group: Path) -> float | None:

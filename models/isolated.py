@@ -1,8 +1,9 @@
-"""Calls in a process of their own, for what a stranger's file decides.
+"""Calls in a process of their own, for what a stranger's file or a device may end.
 
-llama.cpp ends its process on some values of a file's metadata, and so may a parser: then only this process ends, and
-the error has a name. It answers one call after the other. One serves a whole conversion: it starts while the headers
-are read, lets llama.cpp look the model over, reads the tokenizer beside the encoding, and checks the file.
+llama.cpp ends its process on some values of a file's metadata and on a device that is lost, and so may a parser: then
+only this process ends, and the error has a name. It answers one call after the other. One serves a whole conversion:
+it starts while the headers are read, lets llama.cpp look the model over, reads the tokenizer beside the encoding, and
+checks the file. One serves a plan: it is asked about every placement that is considered.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from models.text import printable
 DEADLINE_SECONDS = 300
 """The largest tokenizers take a few seconds, a look at a large model less; what takes longer than this is made to."""
 HINT = "A number in the model's config or metadata is wrong, such as that of its heads or experts, or a size."
-_CHILD = "from convert.isolated import serve; serve()"
+_CHILD = "from models.isolated import serve; serve()"
 _SAID_BYTES = 8192
 _PLACE = re.compile(r"^\S*/(?=[^/]+:\d+: )")
 """The folder of a source file, at the head of what ggml says when it ends its process."""
