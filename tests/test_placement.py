@@ -129,7 +129,8 @@ def test_weights_read_for_a_token(starter_model: Path) -> None:
     assert some["CPU"] == sum(layers.weights[:26]) + up
     assert some["B"] == sum(layers.weights[26:29])
     assert some["A"] == sum(layers.weights[29:]) - up
-    untied = header(**{"llama.expert_count": 8, "llama.expert_used_count": 2})
+    counts: dict[str, Any] = {"llama.expert_count": 8, "llama.expert_used_count": 2}
+    untied = header(**counts)
     exps = TensorInfo("blk.1.ffn_up_exps.weight", (1,), "F16", 0, 80 * MB)
     found = bytes_per_token(replace(untied, tensors=(*untied.tensors, exps)), Split((("A", 1),)))
     assert found == {"CPU": 4 * 10 * MB + 20 * MB, "A": 30 * MB}

@@ -8,6 +8,7 @@ before what would have to be fetched.
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +45,23 @@ def resolve_local_model(text: str | None) -> Path:
             check_model_file(Path(text))
         path = library.find_model(text).path
     return path
+
+
+@contextmanager
+def resolved_header(text: str | None) -> Iterator[Path]:
+    """Like `resolve_local_model`; of a hub reference that is not here, its file with a hole in place of the tensors.
+
+    That one goes when the block ends. Raises HandmillError.
+    """
+    if text is None or _model_here(text) is not None or (ref := _hub_ref(text)) is None:
+        yield resolve_local_model(text)
+        return
+    from models.hub import fetch_headers
+
+    with tempfile.TemporaryDirectory(prefix="handmill-") as folder:
+        with _said_where_else(text):
+            path = fetch_headers(ref, Path(folder))
+        yield path
 
 
 def checkpoint_source(text: str, quiet: bool = False) -> tuple[Path, str, str | None]:

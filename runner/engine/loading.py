@@ -69,7 +69,7 @@ def load_file(path: Path, options: LoadOptions, progress: LoadProgress | None) -
     """
     started = time.perf_counter()
     gguf = check_model_file(path)
-    spare = _spare_memory(gguf)
+    spare = spare_memory(gguf)
     n_ctx, notes = choose_context(gguf, options)
     threads = options.threads or default_threads()
     native.set_verbose(options.verbose)
@@ -82,7 +82,7 @@ def load_file(path: Path, options: LoadOptions, progress: LoadProgress | None) -
         batch_threads=threads,
         type_k=placement.KV_TYPES[kv_types[0]][0],
         type_v=placement.KV_TYPES[kv_types[1]][0],
-        whole_window=not plan.gpu_layers and _affords_whole_window(gguf, n_ctx, kv_types, spare, notes),
+        whole_window=not plan.gpu_layers and affords_whole_window(gguf, n_ctx, kv_types, spare, notes),
     )
 
     remaining = placement.fewer_layers(split.gpu_layers)
@@ -123,12 +123,10 @@ def load_file(path: Path, options: LoadOptions, progress: LoadProgress | None) -
     )
 
 
-def _plan(
-    gguf: GgufFile, n_ctx: int, options: LoadOptions, notes: list[str]
-) -> tuple[Placement, Sequence[Device]]:
-    """Where the layers go, and of which devices. One that is lost meanwhile costs a note, and the CPU computes."""
+def wish_of(n_ctx: int, options: LoadOptions) -> Wish:
+    """What `options` ask of a placement, with a context of `n_ctx` tokens."""
     beside = [path for path, _ in options.loras] + ([options.draft] if options.draft else [])
-    wish = Wish(
+    return Wish(
         Settings(n_ctx, DEFAULT_KV_TYPES if options.kv_types == "auto" else options.kv_types),
         options.gpu_layers,
         vram=options.vram,
@@ -137,6 +135,13 @@ def _plan(
         reduce_kv=options.kv_types == "auto",
         reduce_context=options.context == "auto",
     )
+
+
+def _plan(
+    gguf: GgufFile, n_ctx: int, options: LoadOptions, notes: list[str]
+) -> tuple[Placement, Sequence[Device]]:
+    """Where the layers go, and of which devices. One that is lost meanwhile costs a note, and the CPU computes."""
+    wish = wish_of(n_ctx, options)
     if options.gpu_layers == 0:
         return place_without_asking(gguf, [], wish), []
     if not devices.has_offload_device():
@@ -162,13 +167,13 @@ def _plan(
     return plan, available
 
 
-def _spare_memory(gguf: GgufFile) -> int | None:
+def spare_memory(gguf: GgufFile) -> int | None:
     """Bytes that are left beside the weights; None where nobody says."""
     available = available_memory()
     return None if available is None else max(available - gguf.size, available // _SPARE_SHARE)
 
 
-def _affords_whole_window(
+def affords_whole_window(
     gguf: GgufFile, n_ctx: int, kv_types: tuple[str, str], spare: int | None, notes: list[str]
 ) -> bool:
     """Whether a model that looks back a window only gets a cache of everything, which can be cut anywhere."""
@@ -251,7 +256,7 @@ def choose_context(gguf: GgufFile, options: LoadOptions) -> tuple[int, list[str]
         note = f"the model was trained on {trained} tokens of context; beyond that its answers decay"
         return asked, [note] if 0 < trained < asked else []
     n_ctx = trained or UNKNOWN_CONTEXT
-    spare = _spare_memory(gguf)
+    spare = spare_memory(gguf)
     if spare is not None and per_token > 0 and (affordable := _affordable(spare // 2, per_token)) < n_ctx:
         n_ctx = max(affordable, min(SMALLEST_CONTEXT, n_ctx))
         return n_ctx, [f"context of {n_ctx} tokens, of {trained or 'unknown'} trained: memory does not hold more"]
