@@ -21,16 +21,19 @@ from pathlib import Path
 from typing import Any
 
 from models import library
-from models.errors import HandmillError, HubError, LibraryError
+from models.errors import HandmillError, HubError, LibraryError, ModelFileError
+from models.gguf_file import read_gguf
 from models.hub_files import HubFile, HubRef, Listing, is_model, parse_ref, pick_checkpoint, pick_gguf
 from models.text import human_bytes, printable
 
-__all__ = ["FetchProgress", "HubRef", "fetch", "fetch_checkpoint", "parse_ref"]
+__all__ = ["FetchProgress", "HubRef", "fetch", "fetch_checkpoint", "fetch_headers", "parse_ref"]
 
 FetchProgress = Callable[[int, int, str], None]
 """Called with bytes done, bytes in all, and the name of the file that is being fetched."""
 
 _SLAB = 1 << 20
+_FIRST_BYTES, _MOST_BYTES = 1 << 20, 1 << 26
+"""Of a GGUF file: what is asked for at first, and what no header takes; the largest vocabularies take 2^24 bytes."""
 
 
 def fetch(ref: HubRef, progress: FetchProgress | None = None) -> Path:
@@ -54,6 +57,54 @@ def fetch_checkpoint(ref: HubRef, progress: FetchProgress | None = None) -> Path
             return folder
         raise
     return _fetch_checkpoint(listing, progress)
+
+
+def fetch_headers(ref: HubRef, folder: Path) -> Path:
+    """Put what `fetch` would bring of a GGUF file into `folder`, with a hole in place of its tensors.
+
+    Enough to read it and to plan with it: a megabyte or some. The first part's path. No hash tells whether the
+    beginning of a file is as it was meant. Raises HubError, ModelFileError.
+    """
+    listing = _list(ref)
+    with _translated(ref):
+        paths = [_fetch_header(listing, file, folder) for file in pick_gguf(listing)]
+    return paths[0]
+
+
+def _fetch_header(listing: Listing, file: HubFile, folder: Path) -> Path:
+    path = folder / library.safe_filename(file.name.rpartition("/")[2])
+    wanted = min(_FIRST_BYTES, file.size)
+    while True:
+        with path.open("wb") as out:
+            out.write(_first_bytes(listing, file, wanted))
+            out.truncate(file.size)
+        try:
+            header = read_gguf(path)
+            # What follows the bytes that are here reads as zeros: a header that ends among them was not all here.
+            if min((tensor.offset for tensor in header.tensors), default=0) <= wanted:
+                return path
+        except ModelFileError:
+            if wanted in (file.size, _MOST_BYTES):
+                raise
+        wanted = min(4 * wanted, file.size, _MOST_BYTES)
+
+
+def _first_bytes(listing: Listing, file: HubFile, count: int) -> bytes:
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
+
+    url = hf_hub_url(listing.ref.repo, file.name, revision=listing.commit, endpoint=_endpoint())
+    headers = build_hf_headers(library_name="handmill") | {"Range": f"bytes=0-{count - 1}"}
+    head = bytearray()
+    with get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=30) as response:
+        hf_raise_for_status(response)
+        for chunk in response.iter_bytes(_SLAB):  # a server that knows no ranges sends all: it is left then
+            head += chunk
+            if len(head) >= count:
+                break
+    if len(head) < count:
+        raise HubError(f"the hub sent {len(head)} of {count} bytes of {printable(file.name)}", repo=listing.ref.repo)
+    return bytes(head[:count])
 
 
 def _fetch_checkpoint(listing: Listing, progress: FetchProgress | None) -> Path:

@@ -48,7 +48,7 @@ def pair(request: pytest.FixtureRequest, model_folder: Path) -> Iterator[tuple[L
         write_model(kind.split()[-1], model_folder)
     with pytest.MonkeyPatch.context() as patch:
         if kind == "window":
-            patch.setattr(loading, "_choose_window", lambda *_: (False, ""))
+            patch.setattr(loading, "choose_window", lambda *_: (False, ()))
         with load(path, OPTIONS) as engine, load(path, OPTIONS) as other:
             assert engine._context.memory is MEMORIES[kind]
             yield engine, other

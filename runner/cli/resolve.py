@@ -46,6 +46,25 @@ def resolve_local_model(text: str | None) -> Path:
     return path
 
 
+@contextmanager
+def resolved_header(text: str | None) -> Iterator[Path]:
+    """Like `resolve_local_model`; of a hub reference that is not here, its file with a hole in place of the tensors.
+
+    That one goes when the block ends. Raises HandmillError.
+    """
+    if text is None or _model_here(text) is not None or (ref := _hub_ref(text)) is None:
+        yield resolve_local_model(text)
+        return
+    import tempfile
+
+    from models.hub import fetch_headers
+
+    with tempfile.TemporaryDirectory(prefix="handmill-") as folder:
+        with _said_where_else(text):
+            path = fetch_headers(ref, Path(folder))
+        yield path
+
+
 def checkpoint_source(text: str, quiet: bool = False) -> tuple[Path, str, str | None]:
     """The checkpoint directory of SOURCE, a name for what comes of it, and the file type that a reference names.
 

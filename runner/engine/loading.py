@@ -71,7 +71,7 @@ def load_file(path: Path, options: LoadOptions, progress: LoadProgress | None) -
     """
     started = time.perf_counter()
     gguf = check_model_file(path)
-    spare = _spare_memory(gguf)
+    spare = spare_memory(gguf)
     n_ctx, notes = choose_context(gguf, options)
     threads = options.threads or default_threads()
     native.set_verbose(options.verbose)
@@ -79,9 +79,9 @@ def load_file(path: Path, options: LoadOptions, progress: LoadProgress | None) -
     plan, available = _plan(gguf, n_ctx, options, notes)
     split, n_ctx, kv_types = plan.split, plan.settings.n_ctx, plan.settings.kv_types
     whole_window = False
-    if not plan.gpu_layers and gguf.integer(f"{gguf.architecture}.attention.sliding_window"):
-        whole_window, note = _choose_window(gguf, n_ctx, kv_types, spare)
-        notes.append(note)
+    if not plan.gpu_layers:
+        whole_window, said = choose_window(gguf, n_ctx, kv_types, spare)
+        notes += said
     # Copies of a state, and a head of the model's own, are for memory that no layer needs.
     spares = not plan.gpu_layers or plan.is_all
     settings = ContextOptions(
@@ -135,10 +135,10 @@ def load_file(path: Path, options: LoadOptions, progress: LoadProgress | None) -
     )
 
 
-def _plan(gguf: GgufFile, n_ctx: int, options: LoadOptions, notes: list[str]) -> tuple[Placement, Sequence[Device]]:
-    """Where the layers go, and of which devices. One that is lost meanwhile costs a note, and the CPU computes."""
+def wish_of(n_ctx: int, options: LoadOptions) -> Wish:
+    """What `options` ask of a placement, with a context of `n_ctx` tokens."""
     beside = [path for path, _ in options.loras] + ([options.draft] if options.draft else [])
-    wish = Wish(
+    return Wish(
         Settings(n_ctx, DEFAULT_KV_TYPES if options.kv_types == "auto" else options.kv_types),
         options.gpu_layers,
         vram=options.vram,
@@ -147,6 +147,11 @@ def _plan(gguf: GgufFile, n_ctx: int, options: LoadOptions, notes: list[str]) ->
         reduce_kv=options.kv_types == "auto",
         reduce_context=options.context == "auto",
     )
+
+
+def _plan(gguf: GgufFile, n_ctx: int, options: LoadOptions, notes: list[str]) -> tuple[Placement, Sequence[Device]]:
+    """Where the layers go, and of which devices. One that is lost meanwhile costs a note, and the CPU computes."""
+    wish = wish_of(n_ctx, options)
     if options.gpu_layers == 0:
         return place_without_asking(gguf, [], wish), []
     if not devices.has_offload_device():
@@ -172,19 +177,23 @@ def _plan(gguf: GgufFile, n_ctx: int, options: LoadOptions, notes: list[str]) ->
     return plan, available
 
 
-def _spare_memory(gguf: GgufFile) -> int | None:
+def spare_memory(gguf: GgufFile) -> int | None:
     """Bytes that are left beside the weights; None where nobody says."""
     available = available_memory()
     return None if available is None else max(available - gguf.size, available // _SPARE_SHARE)
 
 
-def _choose_window(gguf: GgufFile, n_ctx: int, kv_types: tuple[str, str], spare: int | None) -> tuple[bool, str]:
+def choose_window(
+    gguf: GgufFile, n_ctx: int, kv_types: tuple[str, str], spare: int | None
+) -> tuple[bool, tuple[str, ...]]:
     """Whether a model that looks back a window only gets a cache of everything, which can be cut anywhere; a note."""
+    if not gguf.integer(f"{gguf.architecture}.attention.sliding_window"):
+        return False, ()
     whole = n_ctx * sum(placement.kv_bytes_per_token(gguf, kv_types))
     size = human_bytes(whole)
     if spare is not None and whole <= spare // _SPARE_SHARE:
-        return True, f"sliding window: the whole cache is kept ({size}), so that it can be cut anywhere"
-    return False, f"sliding window: only the window is kept (the whole would take {size}), with checkpoints"
+        return True, (f"sliding window: the whole cache is kept ({size}), so that it can be cut anywhere",)
+    return False, (f"sliding window: only the window is kept (the whole would take {size}), with checkpoints",)
 
 
 def _rollback(gguf: GgufFile, spare: int | None) -> int:
@@ -262,7 +271,7 @@ def choose_context(gguf: GgufFile, options: LoadOptions) -> tuple[int, list[str]
         note = f"the model was trained on {trained} tokens of context; beyond that its answers decay"
         return asked, [note] if 0 < trained < asked else []
     n_ctx = trained or UNKNOWN_CONTEXT
-    spare = _spare_memory(gguf)
+    spare = spare_memory(gguf)
     if spare is not None and per_token > 0 and (affordable := _affordable(spare // 2, per_token)) < n_ctx:
         n_ctx = max(affordable, min(SMALLEST_CONTEXT, n_ctx))
         return n_ctx, [f"context of {n_ctx} tokens, of {trained or 'unknown'} trained: memory does not hold more"]
