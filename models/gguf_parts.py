@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from models.errors import ModelFileError
-from models.gguf_file import GgufFile, read_gguf
+from models.gguf_file import GgufFile, LazyArray, read_gguf
 from models.text import printable
 
 MAX_PARTS = 65_535
 MAX_BLOCKS = 512
 """`LLAMA_MAX_LAYERS`."""
+MAX_EXPERTS = 1024
+"""`LLAMA_MAX_EXPERTS`."""
 _NAME = re.compile(r"(?P<base>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})")
 
 
@@ -80,7 +82,7 @@ def _joined(parts: tuple[GgufFile, ...]) -> GgufFile:
 def check_model_file(path: Path) -> GgufFile:
     """`read_model` of what llama.cpp can load. Raises ModelFileError.
 
-    Some values with which llama.cpp ends the process are refused; others it still does not survive.
+    Values with which llama.cpp ends the process are refused.
     """
     gguf = read_model(path)
     if "general.architecture" not in gguf.metadata:
@@ -99,7 +101,26 @@ def check_model_file(path: Path) -> GgufFile:
                 hint="Download or convert the file again.",
                 path=path,
             )
+    if problem := _experts_problem(gguf):
+        raise ModelFileError(f"{printable(path)}: {problem}", hint="Download or convert the file again.", path=path)
     return gguf
+
+
+def _experts_problem(gguf: GgufFile) -> str:
+    """What llama.cpp asserts of a mixture's numbers (`llama_model_base::load_hparams`), if it does not hold."""
+    count, groups, used_groups = (
+        gguf.integer(f"{gguf.architecture}.expert_{name}") or 0
+        for name in ("count", "group_count", "group_used_count")
+    )
+    used = gguf.metadata.get(f"{gguf.architecture}.expert_used_count", 0)
+    most = max((n for n in (used if isinstance(used, LazyArray) else [used]) if isinstance(n, int)), default=0)
+    if not 0 <= count <= MAX_EXPERTS:
+        return f"a mixture of {count} experts is none that llama.cpp computes"
+    if not (most <= count and (most > 0 or count <= 1)):
+        return f"{most} of {count} experts are used, with which no model computes"
+    if groups and not (groups < count and count % groups == 0 and (groups == 1 or used_groups < groups)):
+        return f"{count} experts in {groups} groups, of which {used_groups} are used, with which no model computes"
+    return ""
 
 
 def _fail(path: Path, what: str) -> NoReturn:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from runner.engine.protocol import LoadOptions, Sampling
 from tests.memory_models import write_model
 
 VALUES = (0, 1, 3, 2**31 - 1, 2**32 - 1)
-ARCHITECTURES = {"dense": "llama", "window": "gemma3", "recurrent": "mamba", "hybrid": "lfm2"}
+ARCHITECTURES = {"dense": "llama", "window": "gemma3", "recurrent": "mamba", "hybrid": "lfm2", "experts": "llama"}
 
 
 def bent(kind: str, folder: Path, values: tuple[int, ...]) -> Iterator[tuple[str, Path]]:
@@ -57,3 +59,33 @@ def test_conversion_ends_with_a_file_or_a_named_error(kind: str, tmp_path: Path)
     assert len(failed) > 3
     assert not any(line.endswith(": ") for line in failed)
     assert not list(tmp_path.glob("*.partial*"))
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from models.errors import HandmillError
+from tests.test_hostile_gguf import use
+for line in sys.stdin:
+    try:
+        use(Path(line.strip()))
+    except HandmillError as error:
+        print("named", error, flush=True)
+    else:
+        print("works", flush=True)
+"""
+
+
+@pytest.mark.parametrize("kind", list(ARCHITECTURES))
+def test_loading_ends_with_a_reply_or_a_named_error(kind: str, tmp_path: Path) -> None:
+    files: list[Path] = []
+    for values in (VALUES, VALUES[3:] + VALUES[:3]):
+        folder = tmp_path / str(values[0])
+        folder.mkdir()
+        files += [path for _, path in bent(kind, folder, values)]
+    lines = "".join(f"{path}\n" for path in files)
+    # In a process of its own: were one to end it, the last file that it looked at would be missing.
+    done = subprocess.run([sys.executable, "-c", PROGRAM], input=lines, capture_output=True, text=True)
+    said = done.stdout.splitlines()
+    assert len(said) == len(files), files[len(said)]
+    assert sum(line.startswith("named ") for line in said) > 3
