@@ -8,7 +8,6 @@ before what would have to be fetched.
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,6 +55,8 @@ def resolved_header(text: str | None) -> Iterator[Path]:
     if text is None or _model_here(text) is not None or (ref := _hub_ref(text)) is None:
         yield resolve_local_model(text)
         return
+    import tempfile
+
     from models.hub import fetch_headers
 
     with tempfile.TemporaryDirectory(prefix="handmill-") as folder:
