@@ -70,7 +70,7 @@ def test_nothing_stands_in_the_way_of_a_sound_machine() -> None:
             "gpu-backend",
             "warning",
             "AMD",
-            "sudo dnf install glslc vulkan-loader-devel && CMAKE_ARGS=\"-DGGML_VULKAN=ON",
+            'sudo dnf install glslc vulkan-loader-devel && CMAKE_ARGS="-DGGML_VULKAN=ON',
         ),
         (replace(SOUND, platform="win32", gpus=("Intel",)), "gpu-backend", "warning", "Intel", "$env:CMAKE_ARGS ="),
         (replace(LOST, driver=()), "driver", "error", "not loaded", "sudo apt install nvidia-driver"),

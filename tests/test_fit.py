@@ -127,7 +127,7 @@ def test_what_would_change_most(five_layers: Path) -> None:
     types = {"Q4_K_M": 4.89, "Q4_K_S": 4.2, "Q2_K": 3.0}
     found = fitter.fit(read_gguf(five_layers), LoadOptions(context=20_000), types)
     assert found.placement.gpu_layers == 4
-    assert found.advice[1:] == ("context 8192: all layers fit", )
+    assert found.advice[1:] == ("context 8192: all layers fit",)
     some = made_up_fitter(330 * MB, speeds={}).fit(read_gguf(five_layers), LoadOptions(context=20_000))
     assert some.placement.gpu_layers == 2
     assert some.advice == ("context 8192: 1 more layer",)

@@ -137,9 +137,7 @@ def wish_of(n_ctx: int, options: LoadOptions) -> Wish:
     )
 
 
-def _plan(
-    gguf: GgufFile, n_ctx: int, options: LoadOptions, notes: list[str]
-) -> tuple[Placement, Sequence[Device]]:
+def _plan(gguf: GgufFile, n_ctx: int, options: LoadOptions, notes: list[str]) -> tuple[Placement, Sequence[Device]]:
     """Where the layers go, and of which devices. One that is lost meanwhile costs a note, and the CPU computes."""
     wish = wish_of(n_ctx, options)
     if options.gpu_layers == 0:
