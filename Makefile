@@ -39,7 +39,7 @@ test: lint
 
 test-parity:
 	@$(INSTALL) $(PARITY) $(QUIETLY)
-	@.venv-parity/bin/python -m scripts.build_peer $(QUIETLY)
+	@.venv-parity/bin/python -m scripts.build_peer llama-fit-params $(QUIETLY)
 	@.venv-parity/bin/python -m models.starter $(QUIETLY)
 	HANDMILL_NEED_PEER=1 .venv-parity/bin/python -m pytest -m parity
 

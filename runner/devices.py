@@ -20,7 +20,7 @@ Kind = Literal["cpu", "gpu", "igpu", "accelerator", "other"]
 
 _KINDS: dict[int, Kind] = {0: "cpu", 1: "gpu", 2: "igpu", 3: "accelerator"}
 
-_GPU_BACKENDS = ("CUDA", "HIP", "ROCm", "MUSA", "Vulkan", "Metal", "MTL", "SYCL", "CANN", "OpenCL", "WebGPU")
+GPU_BACKENDS = ("CUDA", "HIP", "ROCm", "MUSA", "Vulkan", "Metal", "MTL", "SYCL", "CANN", "OpenCL", "WebGPU")
 """Names that a build's registry of a GPU backend may have. RPC is none: it has devices only when told of a server."""
 
 _endpoints: list[str] = []
@@ -133,7 +133,7 @@ def backends() -> list[str]:
 
 def why_no_gpu() -> str:
     """One line for a machine where `offload_devices()` is empty: why, and which command mends it."""
-    if any(name.startswith(_GPU_BACKENDS) for name in backends()):
+    if any(name.startswith(GPU_BACKENDS) for name in backends()):
         return "CPU only: this build can use a GPU, but its driver reports none; `nvidia-smi` shows what it sees"
     why = "there is an NVIDIA GPU, but this" if _has_nvidia_gpu() else "no GPU was found, and this"
     toolkit = "" if shutil.which("nvcc") else "the CUDA toolkit and "

@@ -21,9 +21,20 @@ def available_memory(
 
     None where nobody says.
     """
-    found = [_system(meminfo), _address_space(statm or Path("/proc/self/statm"))]
-    found += [_control_group(group) for group in control_groups("memory", cgroups, own)]
-    return min((size for size in found if size is not None), default=None)
+    return min(memory_limits(meminfo, cgroups, own, statm).values(), default=None)
+
+
+def memory_limits(
+    meminfo: Path = Path("/proc/meminfo"), cgroups: Path = CGROUPS, own: Path = OWN, statm: Path | None = None
+) -> dict[str, int]:
+    """Bytes that "machine", "control group" and "process" each leave; what sets no limit is not among them."""
+    groups = [size for group in control_groups("memory", cgroups, own) if (size := _control_group(group)) is not None]
+    found = {
+        "machine": _system(meminfo),
+        "control group": min(groups, default=None),
+        "process": _address_space(statm or Path("/proc/self/statm")),
+    }
+    return {name: size for name, size in found.items() if size is not None}
 
 
 def total_memory() -> int | None:
