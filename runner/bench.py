@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 from models.gguf_file import GgufFile
 from runner import placement
-from runner.engine.context import BATCH, Context, Snapshot
+from runner.engine.context import Context
+from runner.engine.context_params import BATCH
+from runner.engine.snapshots import Snapshot
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from runner import devices, placing
 from runner.bandwidth import DeviceSpeed, device_speed
 from runner.devices import Device
 from runner.engine.accounting import account
-from runner.engine.context import ContextOptions
+from runner.engine.context_params import ContextOptions
 from runner.placement import KV_TYPES, Buffers, Placement, Settings, Split
 from runner.placing import Wish
 

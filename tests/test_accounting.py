@@ -30,7 +30,8 @@ from pathlib import Path
 from models import native
 from runner import devices
 from runner.engine import accounting
-from runner.engine.context import Context, ContextOptions
+from runner.engine.context import Context
+from runner.engine.context_params import ContextOptions
 from runner.engine.model_params import model_params
 from runner.placement import Split
 model, endpoints, cases = Path(sys.argv[1]), sys.argv[2].split(","), json.loads(sys.argv[3])

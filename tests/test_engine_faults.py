@@ -20,7 +20,8 @@ from convert.converter import convert_checkpoint
 from convert.file_types import file_type
 from models.errors import GenerationError, HandmillError, LoadError
 from runner.engine import loading
-from runner.engine.context import Context, ContextOptions
+from runner.engine.context import Context
+from runner.engine.context_params import ContextOptions
 from runner.engine.local import LocalEngine, load
 from runner.engine.protocol import LoadOptions, Message, Sampling
 from tests.checkpoints import tiny_checkpoint, write_tiny_tokenizer

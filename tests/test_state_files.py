@@ -12,9 +12,9 @@ import pytest
 
 from models.library import home
 from runner.engine import state_files
-from runner.engine.context import Checkpoint, Snapshot
 from runner.engine.local import load
 from runner.engine.protocol import LoadOptions, Sampling
+from runner.engine.snapshots import Checkpoint, Snapshot
 from runner.engine.state_files import StateFiles, model_key
 from tests.memory_models import KINDS, write_model
 from tests.test_reuse import words

@@ -88,7 +88,7 @@ def _print_head(engine: LocalEngine, bandwidth: float | None) -> None:
 
 def _print(speed: Speed, share: float | None, engine: LocalEngine, *, as_json: bool) -> None:
     from runner.bench import peak_memory
-    from runner.engine.context import BATCH
+    from runner.engine.context_params import BATCH
 
     if not as_json:
         of_memory = "" if share is None else f"{share:.0%}"

@@ -19,7 +19,7 @@ from models.errors import LoadError
 from models.gguf_file import GgufFile
 from models.gguf_parts import read_model
 from runner import devices
-from runner.engine.context import ContextOptions, context_params
+from runner.engine.context_params import ContextOptions, context_params
 from runner.engine.model_params import model_params
 from runner.placement import CPU, Buffers, Split, read_layers, reckoned
 

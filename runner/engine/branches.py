@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from runner.engine.context import Context, Snapshot
+from runner.engine.context import Context
+from runner.engine.snapshots import Snapshot
 
 WORTH_KEEPING = 64
 """Tokens. Fewer are computed again as quickly as the memory of a long conversation is copied."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
 
@@ -18,20 +17,16 @@ from numpy.typing import NDArray
 
 from models import native
 from models.errors import GenerationError, LoadError
+from runner.engine.context_params import BATCH, MOST_OUTPUTS, ContextOptions, context_params
 from runner.engine.signals import aborting
+from runner.engine.snapshots import Checkpoint, Snapshot, State
 from runner.engine.text_stream import shared_prefix
 
-BATCH = 512
-"""Tokens computed at once, and so how often a long prompt looks whether it was cancelled."""
-MOST_OUTPUTS = 17
-"""Tokens at most whose logits are asked for at once: one, and those drafted after it."""
 CHECKPOINT_BYTES = 512 << 20
 """What all checkpoints of a context may take; beyond that the oldest but the first goes."""
 
 _LIBC = ctypes.cdll.msvcrt if sys.platform == "win32" else ctypes.CDLL(None)
 _WHOLE, _PARTIAL = 0, 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
-
-State = NDArray[np.uint8]
 
 
 class Follower(Protocol):
@@ -56,58 +51,6 @@ class Memory(Enum):
     CUTTABLE = "every token has cells of its own: to any token"
     WINDOW = "some layers keep the last tokens only: while none is missing that would be looked at again"
     STATE = "a state that each token overwrites: not at all, but for tokens on trial"
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """What cannot be cut of a memory, as it was after `n` tokens."""
-
-    n: int
-    data: State
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A whole memory: what it takes to go on after `tokens` without computing them."""
-
-    tokens: tuple[int, ...]
-    first: int
-    """The oldest token that a window still holds; 0 where there is none."""
-    data: State
-    checkpoints: tuple[Checkpoint, ...] = ()
-
-    @property
-    def nbytes(self) -> int:
-        return self.data.nbytes + sum(checkpoint.data.nbytes for checkpoint in self.checkpoints)
-
-
-@dataclass(frozen=True)
-class ContextOptions:
-    """`n_ctx` in tokens. The types are those of ggml (`GGML_TYPE_F16`)."""
-
-    n_ctx: int
-    threads: int
-    batch_threads: int
-    type_k: int = 1
-    type_v: int = 1
-    whole_window: bool = False
-    """Keep every token in the layers that look back a window only."""
-    rollback: int = 0
-    """Of a state that each token overwrites, copies for so many tokens back, where llama.cpp can keep them."""
-
-
-def context_params(options: ContextOptions) -> Any:
-    """`llama_context_params` of a context that `options` describe: all that decides how much memory it takes."""
-    params = native.library().llama_context_default_params()
-    params.n_ctx = options.n_ctx
-    params.n_batch = params.n_ubatch = BATCH
-    params.n_outputs_max = MOST_OUTPUTS
-    params.n_threads, params.n_threads_batch = options.threads, options.batch_threads
-    params.type_k, params.type_v = options.type_k, options.type_v
-    params.swa_full = options.whole_window
-    params.n_rs_seq = options.rollback
-    params.no_perf = True
-    return params
 
 
 class Context:

@@ -18,7 +18,8 @@ from models.text import human_bytes
 from runner import devices, placement
 from runner.devices import Device
 from runner.engine.adapters import apply_adapters
-from runner.engine.context import Context, ContextOptions
+from runner.engine.context import Context
+from runner.engine.context_params import ContextOptions
 from runner.engine.draft_model import DraftModel
 from runner.engine.lookup import Lookup
 from runner.engine.memory import available_memory

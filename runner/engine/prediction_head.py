@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from models import native
 from models.errors import LoadError
 from models.gguf_file import GgufFile
-from runner.engine.context import BATCH, Context, ContextOptions
+from runner.engine.context import Context
+from runner.engine.context_params import BATCH, ContextOptions
 from runner.engine.draft_model import PRIORS, guess_on
 from runner.engine.speculation import Draft
 

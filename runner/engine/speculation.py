@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from runner.engine.context import MOST_OUTPUTS
+from runner.engine.context_params import MOST_OUTPUTS
 
 MOST_DRAFTED = MOST_OUTPUTS - 1
 WORTH = 1.05

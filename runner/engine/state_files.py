@@ -22,7 +22,7 @@ from typing import IO
 
 import numpy as np
 
-from runner.engine.context import Checkpoint, Snapshot
+from runner.engine.snapshots import Checkpoint, Snapshot
 
 DEFAULT_LIMIT = 4 << 30
 """Bytes of all states together."""
