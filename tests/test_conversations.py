@@ -22,6 +22,7 @@ from runner.engine.protocol import Message
 from runner.session import ChatSession
 from tests.fake_engine import FakeEngine
 
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 TURN = [Message("system", "Be brief."), Message("user", "Hi\n中"), Message("assistant", "Yes.", (7, 8, 9))]
 
 
@@ -109,22 +110,20 @@ def test_commands_save_and_load(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def chat(model: Path, *options: str) -> subprocess.Popen[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "runner.cli.main",
-        "chat",
-        str(model),
-        "--json",
-        "--temperature",
-        "0",
-        "-q",
-        *options,
-    ]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "runner.cli.main", "chat", str(model), "--json"]
+    command += ["--temperature", "0", "-q", *options]
+    # What the tests themselves were told to ignore, as nohup does, the program would ignore, too.
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
+    try:
+        return subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_in_a_reply_saves_the_conversation(
     starter_model: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
