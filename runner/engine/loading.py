@@ -28,7 +28,7 @@ from runner.engine.speculation import BatchSeconds, Speculation
 from runner.engine.state_files import DEFAULT_LIMIT, StateFiles, model_key
 from runner.engine.threads import default_threads
 from runner.placement import DEFAULT_KV_TYPES, Placement, Settings, Split
-from runner.placing import Wish, place_without_asking
+from runner.placing import Wish, place_with_room_to_spare, place_without_asking
 from runner.planner import planner
 
 UNKNOWN_CONTEXT = 8192
@@ -146,14 +146,16 @@ def _plan(gguf: GgufFile, n_ctx: int, options: LoadOptions, notes: list[str]) ->
     if not devices.has_offload_device():
         notes.append(devices.why_no_gpu())
         return place_without_asking(gguf, [], wish), []
-    if options.gpu_layers != "auto" and not devices.rpc_endpoints():
+    if options.gpu_layers != "auto":
         available = devices.offload_devices()
         return place_without_asking(gguf, available, wish), available
+    if not devices.rpc_endpoints():
+        available = devices.offload_devices()
+        if spacious := place_with_room_to_spare(gguf, available, wish):
+            return spacious, available
     try:
         with planner() as asked:
             available = devices.offload_devices(asked.devices())
-            if options.gpu_layers != "auto":
-                return place_without_asking(gguf, available, wish), available
             plan = asked.place(gguf, available, wish, repack=options.repack)
     except LoadError as error:
         if not error.facts.get("lost"):
