@@ -60,24 +60,49 @@ def fetch_checkpoint(ref: HubRef, progress: FetchProgress | None = None) -> Path
 
 
 def fetch_headers(ref: HubRef, folder: Path) -> Path:
-    """Put what `fetch` would bring of a GGUF file into `folder`, with a hole in place of its tensors.
+    """Put into `folder` what `fetch` would bring, with a hole in place of each file's tensors.
 
-    Enough to read it and to plan with it: a megabyte or some. The first part's path. No hash tells whether the
-    beginning of a file is as it was meant. Raises HubError, ModelFileError.
+    Enough to read it and to plan with it: a megabyte or some. The path of a GGUF file (its first part), or `folder`, a
+    checkpoint of safetensors then. No hash tells whether the beginning of a file is as it was meant. Raises HubError,
+    ModelFileError.
     """
     listing = _list(ref)
     with _translated(ref):
-        paths = [_fetch_header(listing, file, folder) for file in pick_gguf(listing)]
-    return paths[0]
+        if any(is_model(file.name) for file in listing.files):
+            parts = [_fetch_header(listing, file, folder) for file in pick_gguf(listing)]
+            return parts[0]
+        for file in pick_checkpoint(listing):
+            if file.name.endswith(".bin"):
+                raise HubError(
+                    f"{listing.ref.repo} has its weights as PyTorch files, which do not begin with what is in them",
+                    hint=f"`handmill pull {listing.ref}` fetches it whole.",
+                    repo=listing.ref.repo,
+                )
+            _write_beginning(listing, file, _beginning(listing, file), folder / file.name)
+        return folder
+
+
+def _beginning(listing: Listing, file: HubFile) -> int:
+    """How many bytes are needed of a checkpoint's file: all, or the header of a shard, whose length comes first."""
+    if not file.name.endswith(".safetensors") or file.size < 8:
+        return file.size
+    header = 8 + int.from_bytes(_first_bytes(listing, file, 8), "little")
+    if header > min(file.size, _MOST_BYTES):
+        raise HubError(f"{printable(file.name)} of {listing.ref.repo} is no safetensors file", repo=listing.ref.repo)
+    return header
+
+
+def _write_beginning(listing: Listing, file: HubFile, count: int, path: Path) -> None:
+    with path.open("wb") as out:
+        out.write(_first_bytes(listing, file, count))
+        out.truncate(file.size)
 
 
 def _fetch_header(listing: Listing, file: HubFile, folder: Path) -> Path:
     path = folder / library.safe_filename(file.name.rpartition("/")[2])
     wanted = min(_FIRST_BYTES, file.size)
     while True:
-        with path.open("wb") as out:
-            out.write(_first_bytes(listing, file, wanted))
-            out.truncate(file.size)
+        _write_beginning(listing, file, wanted, path)
         try:
             header = read_gguf(path)
             # What follows the bytes that are here reads as zeros: a header that ends among them was not all here.
@@ -93,6 +118,8 @@ def _first_bytes(listing: Listing, file: HubFile, count: int) -> bytes:
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
+    if not count:
+        return b""
     url = hf_hub_url(listing.ref.repo, file.name, revision=listing.commit, endpoint=_endpoint())
     headers = build_hf_headers(library_name="handmill") | {"Range": f"bytes=0-{count - 1}"}
     head = bytearray()

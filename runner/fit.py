@@ -86,9 +86,9 @@ class Fitter:
         `types` are file types that the model could have instead, with their bits per weight. Raises LoadError,
         UsageError.
         """
-        n_ctx, notes = choose_context(gguf, options)
-        wish = wish_of(n_ctx, options)
         available = devices.offload_devices(self._devices) if options.gpu_layers != 0 else []
+        n_ctx, notes = choose_context(gguf, options, offload=bool(available))
+        wish = wish_of(n_ctx, options)
         placed = self._asked.place(gguf, available, wish, repack=options.repack)
         if not available and options.gpu_layers != 0:
             notes.append(devices.why_no_gpu())

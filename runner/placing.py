@@ -79,6 +79,19 @@ def place_without_asking(gguf: GgufFile, available: Sequence[Device], wish: Wish
     return Placement(forced(layers, wish.settings, found, count), layers.count, wish.settings, reason)
 
 
+def place_with_room_to_spare(gguf: GgufFile, available: Sequence[Device], wish: Wish) -> Placement | None:
+    """All on the first device where weights and cache take at most half of its room: then nobody need be asked.
+
+    Compute buffers take less than the other half.
+    """
+    layers, found = read_layers(gguf, wish.settings.kv_types), rooms(available, wish)
+    needed = sum(layers.weights) + wish.settings.n_ctx * sum(layers.kv)
+    if wish.gpu_layers != "auto" or not found or needed > found[0].bytes // 2 or not sum(layers.kv):
+        return None
+    split = split_of(found, [layers.count] + [0] * (len(found) - 1))
+    return Placement(split, layers.count, wish.settings, _reason(layers, found, True, split, wish))
+
+
 def place(gguf: GgufFile, available: Sequence[Device], wish: Wish, ask: Ask) -> Placement:
     """Decide where the layers go, with llama.cpp's bytes of it. Raises what `ask` raises."""
     if not available or wish.gpu_layers != "auto":

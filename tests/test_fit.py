@@ -24,6 +24,7 @@ from runner.fit import Fitter, summary
 from runner.placement import CPU, Buffers, Placement, Settings, Split, read_layers
 from runner.placing import Wish
 from runner.planner import planner
+from tests.checkpoints import tiny_checkpoint, write_tiny_tokenizer
 from tests.header_models import write_header
 from tests.hub_server import Hub, serve
 from tests.rpc_server import rpc_server
@@ -177,6 +178,33 @@ def test_a_long_header_is_fetched_whole_and_no_more(
     assert read_gguf(hub.fetch_headers(HubRef("five", "large"), other)).tensors == whole.tensors
     with pytest.raises(ModelFileError):
         hub.fetch_headers(HubRef("five", "bad"), other)
+
+
+def test_a_checkpoint_is_planned_as_what_it_would_become(
+    server: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Here, on the hub from its headers, and converted: the same bytes."""
+    source = tiny_checkpoint(tmp_path / "tiny", dtype="F32", num_hidden_layers=3)
+    write_tiny_tokenizer(source)
+    server.repos["kin/tiny"] = {path.name: path.read_bytes() for path in source.iterdir()}
+    server.repos["kin/bin"] = {"config.json": b"{}", "pytorch_model.bin": b"x"}
+
+    def planned(model: str) -> dict[str, Any]:
+        assert cli.main(["fit", model, "--json", "-c", "256", "-g", "0", "-j", "1"]) == 0
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return {key: found[key] for key in ("bytes", "n_layers")} | {"weights": found["devices"][-1]["weights"]}
+
+    here, there = planned(str(source)), planned("kin/tiny:Q4_K_M")
+    assert library.list_models() == []
+    whole = sum(len(content) for content in server.repos["kin/tiny"].values())
+    shards = [range_ for path, range_ in server.requests if path.endswith(".safetensors")]
+    assert len(shards) == 4
+    assert all(int(str(asked).rpartition("-")[2]) < whole // 4 for asked in shards)
+    assert cli.main(["convert", str(source), "-q", "--no-check"]) == 0
+    assert here == there == planned(str(library.list_models()[0].path))
+    assert here["n_layers"] == 4
+    assert cli.main(["fit", "kin/bin"]) == 1
+    assert "handmill pull kin/bin" in capsys.readouterr().err
 
 
 # A device once registered stays: in a process of its own.

@@ -14,11 +14,14 @@ from typing import Any
 
 import pytest
 
+from models.errors import LoadError
 from models.gguf_file import GgufFile, LazyArray, TensorInfo, read_gguf
 from runner import placement
 from runner.devices import backends
+from runner.engine import loading
 from runner.engine.model_params import cpu_patterns
-from runner.placement import Split, bytes_per_token, fewer_layers, fill, read_layers
+from runner.engine.protocol import LoadOptions
+from runner.placement import Buffers, Placement, Settings, Split, bytes_per_token, fewer_layers, fill, read_layers
 from tests.memory_models import write_model
 from tests.rpc_server import rpc_server
 
@@ -134,6 +137,30 @@ def test_weights_read_for_a_token(starter_model: Path) -> None:
     exps = TensorInfo("blk.1.ffn_up_exps.weight", (1,), "F16", 0, 80 * MB)
     found = bytes_per_token(replace(untied, tensors=(*untied.tensors, exps)), Split((("A", 1),)))
     assert found == {"CPU": 4 * 10 * MB + 20 * MB, "A": 30 * MB}
+
+
+def test_what_is_left_for_the_cpu_must_fit_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+    buffers = {"GPU": Buffers(900 * MB, 900 * MB, 9 * MB), "CPU": Buffers(500 * MB, 80 * MB, 20 * MB)}
+    plan = Placement(Split((("GPU", 3),)), 5, Settings(9000), "as many as fit", buffers)
+    for available in (None, 600 * MB):
+        monkeypatch.setattr(loading, "available_memory", lambda there=available: there)
+        loading._check_memory(plan, notes)
+    assert notes == []
+    monkeypatch.setattr(loading, "available_memory", lambda: 599 * MB)
+    loading._check_memory(plan, notes)
+    assert notes[0].startswith("600 MB are needed beside what a GPU holds, and 599 MB")
+    monkeypatch.setattr(loading, "available_memory", lambda: 99 * MB)
+    with pytest.raises(LoadError, match="context of 9000 tokens takes 100 MB"):
+        loading._check_memory(plan, notes)
+
+
+def test_a_context_that_a_gpu_may_hold_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "available_memory", lambda: 10 * MB)
+    options = LoadOptions(context=100_000)
+    with pytest.raises(LoadError, match="100000 tokens takes"):
+        loading.choose_context(header(), options)
+    assert loading.choose_context(header(), options, offload=True) == (100_000, [])
 
 
 # Each in a process of its own: a device once registered stays, and one that is lost ends the process.

@@ -17,7 +17,7 @@ from runner import placing
 from runner.devices import Device
 from runner.placement import CPU, Buffers, Placement, Settings, Split, read_layers, reckoned
 from runner.placement_search import MOST_QUESTIONS
-from runner.placing import RESERVE, Wish, place, place_without_asking, rooms
+from runner.placing import RESERVE, Wish, place, place_with_room_to_spare, place_without_asking, rooms
 
 MB = 1_000_000
 PARTS = ("down", "gate", "up")
@@ -137,6 +137,21 @@ def test_what_was_asked_for_is_taken() -> None:
     plan, llama = placed(model(), 10 * MB, want=wish(gpu_layers=4))
     assert [split for split, _ in llama.asked] == [plan.split]
     assert plan.buffers["RPC0"].weights == 60 * MB
+
+
+def test_with_room_to_spare_nobody_is_asked() -> None:
+    needed = 110 * MB + 8 * 4096 * 1000
+    roomy = place_with_room_to_spare(model(), [device(2 * needed, "A"), device(9, "B")], wish())
+    assert roomy is not None
+    assert roomy.is_all
+    assert dict(roomy.split.layers) == {"A": 9, "B": 0}
+    for less in (
+        place_with_room_to_spare(model(), [device(2 * needed - 2)], wish()),
+        place_with_room_to_spare(model(), [device(2 * needed)], wish(vram=needed)),
+        place_with_room_to_spare(model(), [device(9 * needed)], wish(gpu_layers=3)),
+        place_with_room_to_spare(model(), [], wish()),
+    ):
+        assert less is None
 
 
 def test_what_may_be_used_of_a_device() -> None:

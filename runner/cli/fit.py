@@ -2,7 +2,8 @@
 
 The bytes are llama.cpp's own reckoning. Tokens per second are the most that the memory of each device allows, measured
 now: what a token reads there, over how fast weights of that type are read. A model on the hub (owner/name[:TYPE]) is
-planned from the first megabyte of its file. --all ranks the library: what fits, the fastest first.
+planned from the first bytes of its files, a checkpoint as what it would be converted to. --all ranks the library: what
+fits, the fastest first.
 
 --json prints an object for each model: name, path, bytes, fits, gpu_layers, n_layers, context, kv_type,
 tokens_per_second (null where it is not known), tokens_per_second_full (with the context full), reason, notes, advice,

@@ -48,21 +48,45 @@ def resolve_local_model(text: str | None) -> Path:
 
 @contextmanager
 def resolved_header(text: str | None) -> Iterator[Path]:
-    """Like `resolve_local_model`; of a hub reference that is not here, its file with a hole in place of the tensors.
+    """A GGUF file to plan with: of what is not here, or not converted, one with a hole in place of the tensors.
 
-    That one goes when the block ends. Raises HandmillError.
+    That one goes when the block ends. A checkpoint is planned in the type that a reference names, else the default.
+    Raises HandmillError.
     """
-    if text is None or _model_here(text) is not None or (ref := _hub_ref(text)) is None:
-        yield resolve_local_model(text)
-        return
     import tempfile
 
-    from models.hub import fetch_headers
+    path = _model_here(text)
+    if path is not None:
+        yield resolve_local_model(text)
+        return
+    assert text is not None
+    with tempfile.TemporaryDirectory(prefix="handmill-") as name:
+        folder, ref = Path(name), _hub_ref(text)
+        if ref is not None:
+            from models.hub import fetch_headers
 
-    with tempfile.TemporaryDirectory(prefix="handmill-") as folder:
-        with _said_where_else(text):
-            path = fetch_headers(ref, Path(folder))
-        yield path
+            fetched = folder / ref.name  # a checkpoint without a name of its own is called as its folder
+            fetched.mkdir()
+            with _said_where_else(text):
+                path = fetch_headers(ref, fetched)
+            yield _hollow_model(path, ref.file_type, folder, ref.name) if path.is_dir() else path
+            return
+        checkpoint = Path(text)
+        made = library.find_made_from(_source_key(checkpoint, DEFAULT_FILE_TYPE), _stamp(checkpoint))
+        yield made or _hollow_model(checkpoint, None, folder, checkpoint.resolve().name)
+
+
+def _hollow_model(checkpoint: Path, file_type: str | None, folder: Path, name: str) -> Path:
+    """What a checkpoint would be converted to, without its tensors."""
+    from convert.converter import plan_conversion
+    from convert.file_types import file_type as kind_of
+    from convert.placement import write_headers
+
+    kind = kind_of(file_type or DEFAULT_FILE_TYPE)
+    path = folder / library.destination(name, kind.name).name
+    path.touch()
+    write_headers(plan_conversion(checkpoint, kind), [path])
+    return path
 
 
 def checkpoint_source(text: str, quiet: bool = False) -> tuple[Path, str, str | None]:

@@ -30,7 +30,7 @@ from runner.engine.speculation import BatchSeconds, Speculation
 from runner.engine.state_files import DEFAULT_LIMIT, StateFiles, model_key
 from runner.engine.threads import default_threads
 from runner.placement import DEFAULT_KV_TYPES, Placement, Settings, Split
-from runner.placing import Wish, place_without_asking
+from runner.placing import Wish, place_with_room_to_spare, place_without_asking
 from runner.planner import planner
 
 UNKNOWN_CONTEXT = 8192
@@ -73,7 +73,8 @@ def load_file(path: Path, options: LoadOptions, progress: LoadProgress | None) -
     started = time.perf_counter()
     gguf = check_model_file(path)
     spare = spare_memory(gguf)
-    n_ctx, notes = choose_context(gguf, options)
+    offload = options.gpu_layers != 0 and devices.has_offload_device()
+    n_ctx, notes = choose_context(gguf, options, offload=offload)
     threads = options.threads or default_threads()
     native.set_verbose(options.verbose)
 
@@ -158,14 +159,16 @@ def _plan(gguf: GgufFile, n_ctx: int, options: LoadOptions, notes: list[str]) ->
     if not devices.has_offload_device():
         notes.append(devices.why_no_gpu())
         return place_without_asking(gguf, [], wish), []
-    if options.gpu_layers != "auto" and not devices.rpc_endpoints():
+    if options.gpu_layers != "auto":
         available = devices.offload_devices()
         return place_without_asking(gguf, available, wish), available
+    if not devices.rpc_endpoints():
+        available = devices.offload_devices()
+        if spacious := place_with_room_to_spare(gguf, available, wish):
+            return spacious, available
     try:
         with planner() as asked:
             available = devices.offload_devices(asked.devices())
-            if options.gpu_layers != "auto":
-                return place_without_asking(gguf, available, wish), available
             plan = asked.place(gguf, available, wish, repack=options.repack)
     except LoadError as error:
         if not error.facts.get("lost"):
@@ -175,7 +178,29 @@ def _plan(gguf: GgufFile, n_ctx: int, options: LoadOptions, notes: list[str]) ->
     notes += plan.notes
     if not plan.is_all:
         notes.append(str(plan))
+    _check_memory(plan, notes)
     return plan, available
+
+
+def _check_memory(plan: Placement, notes: list[str]) -> None:
+    """Whether the machine's own memory holds what is not on a GPU. Raises LoadError where it cannot.
+
+    Weights that it does not hold are read from the file again and again.
+    """
+    rest, available = plan.buffers[placement.CPU], available_memory()
+    if available is None or rest.total <= available:
+        return
+    if rest.kv + rest.compute > available:
+        raise LoadError(
+            f"a context of {plan.settings.n_ctx} tokens takes {human_bytes(rest.kv + rest.compute)} beside what a GPU"
+            f" holds, and {human_bytes(available)} of memory are available",
+            hint="--context auto takes a smaller one, or --kv-type auto a smaller cache",
+            n_ctx=plan.settings.n_ctx,
+        )
+    notes.append(
+        f"{human_bytes(rest.total)} are needed beside what a GPU holds, and {human_bytes(available)} of memory are"
+        " available: weights will be read from the disk all the time"
+    )
 
 
 def spare_memory(gguf: GgufFile) -> int | None:
@@ -250,10 +275,11 @@ def _speculation(
     return Speculation(drafter, seconds)
 
 
-def choose_context(gguf: GgufFile, options: LoadOptions) -> tuple[int, list[str]]:
+def choose_context(gguf: GgufFile, options: LoadOptions, *, offload: bool = False) -> tuple[int, list[str]]:
     """Tokens of context, and a note where it is not simply what was asked for or what the model knows.
 
-    Raises UsageError for no number of tokens, LoadError for more than the memory can hold.
+    Raises UsageError for no number of tokens, LoadError for more than the memory can hold; with `offload` it need not
+    hold them alone.
     """
     trained, asked = gguf.context_length or 0, None if options.context == "auto" else options.context
     kv_types = DEFAULT_KV_TYPES if options.kv_types == "auto" else options.kv_types
@@ -262,7 +288,7 @@ def choose_context(gguf: GgufFile, options: LoadOptions) -> tuple[int, list[str]
     if asked is not None:
         if asked < 1:
             raise UsageError(f"a context of {asked} tokens is none", hint="--context takes a number from 1 up")
-        if available is not None and asked * per_token > available:
+        if not offload and available is not None and asked * per_token > available:
             raise LoadError(
                 f"a context of {asked} tokens takes {human_bytes(asked * per_token)}"
                 f" and {human_bytes(available)} of memory are available",
