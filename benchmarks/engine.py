@@ -165,6 +165,8 @@ def _first_byte(command: Sequence[str]) -> float:
         process.stdout.read(1)
         seconds = time.perf_counter() - began
         process.stdout.read()
+    if process.returncode:  # a tool that did not start is quick
+        raise subprocess.CalledProcessError(process.returncode, process.args)
     return seconds
 
 

@@ -116,6 +116,8 @@ def _fetch_header(listing: Listing, file: HubFile, folder: Path) -> Path:
 
 def _first_bytes(listing: Listing, file: HubFile, count: int) -> bytes:
     from huggingface_hub import hf_hub_url
+
+    # get_session is documented there, and only left out of the module's own list of what it exports.
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
     if not count:

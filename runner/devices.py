@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +26,6 @@ GPU_BACKENDS = ("CUDA", "HIP", "ROCm", "MUSA", "Vulkan", "Metal", "MTL", "SYCL",
 """Names that a build's registry of a GPU backend may have. RPC is none: it has devices only when told of a server."""
 
 _endpoints: list[str] = []
-
-_REBUILD = 'CMAKE_ARGS="-DGGML_CUDA=ON -DGGML_RPC=ON" pip install --no-cache-dir --force-reinstall llama-cpp-python'
 
 
 @dataclass(frozen=True)
@@ -131,13 +131,31 @@ def backends() -> list[str]:
     ]
 
 
+def rebuild_command(
+    *flags: str, python: str = sys.executable, version: str | None = None, platform: str = sys.platform
+) -> str:
+    """How to compile llama-cpp-python anew with `flags` for cmake, in the shell of `platform`: of the same release.
+
+    Another release than this project's has other layouts of what is read here.
+    """
+    version = importlib.metadata.version("llama-cpp-python") if version is None else version
+    install = f'"{python}"' if " " in python else python
+    install += " -m pip install --no-cache-dir --force-reinstall --no-deps llama-cpp-python"
+    install += f"=={version}" if version else ""
+    wanted = " ".join((*flags, "-DGGML_RPC=ON"))
+    if platform == "win32":
+        return f'$env:CMAKE_ARGS = "{wanted}"; {install}'
+    return f'CMAKE_ARGS="{wanted}" {install}'
+
+
 def why_no_gpu() -> str:
     """One line for a machine where `offload_devices()` is empty: why, and which command mends it."""
     if any(name.startswith(GPU_BACKENDS) for name in backends()):
         return "CPU only: this build can use a GPU, but its driver reports none; `nvidia-smi` shows what it sees"
     why = "there is an NVIDIA GPU, but this" if _has_nvidia_gpu() else "no GPU was found, and this"
     toolkit = "" if shutil.which("nvcc") else "the CUDA toolkit and "
-    return f"CPU only: {why} build of llama.cpp has no GPU backend; to use a GPU: {toolkit}{_REBUILD}"
+    rebuild = rebuild_command("-DGGML_CUDA=ON")
+    return f"CPU only: {why} build of llama.cpp has no GPU backend; to use a GPU: {toolkit}{rebuild}"
 
 
 def _has_nvidia_gpu() -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from models.text import human_bytes
+from runner import devices
 from runner.devices import GPU_BACKENDS
 from runner.system import System
 
@@ -41,14 +42,10 @@ def examine(system: System) -> list[Finding]:
 
 
 def rebuild_command(system: System, *flags: str) -> str:
-    """How to compile llama-cpp-python anew with `flags` for cmake, in this shell and this Python."""
-    version = f"=={system.llama_version}" if system.llama_version else ""
-    install = f'"{system.python}"' if " " in system.python else system.python
-    install += f" -m pip install --no-cache-dir --force-reinstall --no-deps llama-cpp-python{version}"
-    wanted = " ".join((*flags, "-DGGML_RPC=ON"))
-    if system.platform == "win32":
-        return f'$env:CMAKE_ARGS = "{wanted}"; {install}'
-    return f'CMAKE_ARGS="{wanted}" {install}'
+    """How to compile llama-cpp-python anew with `flags` for cmake, on that system."""
+    return devices.rebuild_command(
+        *flags, python=system.python, version=system.llama_version, platform=system.platform
+    )
 
 
 def can_use_gpus(system: System) -> bool:

@@ -173,9 +173,10 @@ def test_run_continues_the_text_of_a_base_model(
     engine: FakeEngine, model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     engine._chat_template = False
-    assert cli.main(["run", model, "Once", "--system", "S"]) == 0
+    assert cli.main(["run", model, "Once", "--system", "S", "--think", "off", "--think-budget", "5"]) == 0
     assert engine.prompts == [engine.encode_text("Once")]
-    assert "--system is left out" in capsys.readouterr().err
+    notes = capsys.readouterr().err
+    assert all(f"{option} is left out" in notes for option in ("--system", "--think", "--think-budget"))
 
 
 def test_run_without_a_prompt_is_a_usage_error(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 
 import pytest
 
@@ -52,6 +53,8 @@ def test_one_line_says_why(
     assert line.startswith("CPU only: ")
     assert says in line
     assert "\n" not in line
+    # of the release whose layouts are read here, for the Python that runs
+    assert ("CMAKE_ARGS" in line) == (f"{sys.executable} -m pip install" in line and "llama-cpp-python==" in line)
 
 
 def test_a_server_that_is_not_there_is_an_error() -> None:

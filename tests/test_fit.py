@@ -96,7 +96,8 @@ def five_layers(tmp_path: Path) -> Path:
 
 
 def made_up_fitter(*args: Any, **kwargs: Any) -> Fitter:
-    return Fitter(MadeUp(*args, **kwargs))  # type: ignore[arg-type]
+    made_up: Any = MadeUp(*args, **kwargs)
+    return Fitter(made_up)
 
 
 def test_tokens_per_second_are_bytes_over_speed_of_each_device(five_layers: Path) -> None:
@@ -242,7 +243,7 @@ def test_a_plan_on_devices(starter_model: Path) -> None:
 @pytest.mark.skipif("RPC" not in backends(), reason="this build has no RPC backend")
 def test_plans_for_machines_that_are_not_there(tmp_path: Path) -> None:
     """llama.cpp plans on loopback devices with the memory of others; nothing of it is taken."""
-    shapes = {
+    shapes: dict[str, dict[str, Any]] = {
         "1B": {"blocks": 16, "width": 2048, "feed_forward": 8192, "heads": 32, "kv_heads": 8},
         "8B": {"blocks": 32, "width": 4096, "feed_forward": 14336, "heads": 32, "kv_heads": 8},
         "30B-A3B": {"blocks": 48, "width": 2048, "feed_forward": 768, "heads": 32, "kv_heads": 4, "experts": 128},
@@ -250,8 +251,7 @@ def test_plans_for_machines_that_are_not_there(tmp_path: Path) -> None:
         "400B": {"blocks": 62, "width": 6144, "feed_forward": 2560, "heads": 48, "kv_heads": 8, "experts": 128},
     }
     models = {
-        name: write_header(tmp_path / f"{name}.gguf", vocabulary=32_000, **shape)  # type: ignore[arg-type]
-        for name, shape in shapes.items()
+        name: write_header(tmp_path / f"{name}.gguf", vocabulary=32_000, **shape) for name, shape in shapes.items()
     }
     # free memory of the GPUs; then layers of all, and whether some are in part on the CPU
     expected = {

@@ -25,7 +25,7 @@ from runner.engine.protocol import GenerationChunk, LoadOptions, Message, Sampli
 from runner.prompt import PromptEncoder
 from runner.session import ChatSession
 from runner.thinking import STYLES, ThoughtFilter, ThoughtMarks, find_marks
-from tests.checkpoints import edit_json, starter_checkpoint
+from tests.checkpoints import Json, edit_json, starter_checkpoint
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
@@ -40,10 +40,10 @@ def write_thinker(folder: Path, starter: Path, template: str = TEMPLATE) -> Path
     """The first blocks of SmolLM2 with two of its spare tokens made the marks of a thought."""
     source = starter_checkpoint(folder / "source", starter, blocks=2, shards=1)
 
-    def rename(tokenizer: dict[str, list[dict[str, object]]]) -> None:
+    def rename(tokenizer: Json) -> None:
         spare = [token for token in tokenizer["added_tokens"] if token["content"] in ("<repo_name>", "<reponame>")]
         for token, text in zip(spare, MARKS, strict=True):
-            vocab = tokenizer["model"]["vocab"]  # type: ignore[call-overload]
+            vocab = tokenizer["model"]["vocab"]
             vocab[text] = vocab.pop(token["content"])
             token.update(content=text, special=False)
 

@@ -129,8 +129,8 @@ def _print_ranking(ranking: Iterator[tuple[str, Fit | HandmillError]], *, as_jso
     width = max((len(printable(name)) for name, _ in entries), default=0)
     for name, found in entries:
         if as_json:
-            failed = {"name": name, "error": str(found)} if isinstance(found, HandmillError) else None
-            print(json_line(failed or report(found) | {"name": name}))  # type: ignore[arg-type]
+            facts = {"error": str(found)} if isinstance(found, HandmillError) else report(found)
+            print(json_line(facts | {"name": name}))
         elif isinstance(found, HandmillError):
             print(f"{printable(name):<{width}}  {printable(found, 1000)}")
         else:

@@ -78,8 +78,10 @@ def _prompt(words: list[str]) -> str:
 def _reply(engine: Engine, prompt: str, args: argparse.Namespace) -> Iterator[GenerationChunk]:
     settings = replace(sampling(args, engine.default_sampling), logprobs=args.logprobs)
     if not engine.has_chat_template:
-        if args.system and not args.quiet:
-            print("note: a base model has no system prompt; --system is left out", file=sys.stderr)
+        left_out = [option for option in ("system", "think", "think_budget") if getattr(args, option) is not None]
+        for option in left_out if not args.quiet else ():
+            said = f"--{option.replace('_', '-')}"
+            print(f"note: a base model has no system prompt and no thoughts; {said} is left out", file=sys.stderr)
         return engine.generate(engine.encode_text(prompt), settings)
     system = [Message("system", args.system)] if args.system else []
     return engine.chat([*system, Message("user", prompt)], settings)

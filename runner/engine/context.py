@@ -310,7 +310,7 @@ class Context:
     def _decode(self, tokens: Sequence[int], *, all_logits: bool = False) -> None:
         before, self._on_trial = len(self.held), 0
         self.held.extend(tokens)
-        batch = self._filled(tokens, before) if all_logits else None
+        batch = fill_batch(self._batch, tokens, before, logits_from=0) if all_logits else None
         ids = (ctypes.c_int32 * len(tokens))(*tokens)
         if batch is None:
             batch = self._lib.llama_batch_get_one(ids, len(tokens))
@@ -337,15 +337,6 @@ class Context:
             status=status,
             log=tuple(log.tail(20)),
         )
-
-    def _filled(self, tokens: Sequence[int], position: int) -> Any:
-        batch = self._batch
-        batch.n_tokens = len(tokens)
-        for i, token in enumerate(tokens):
-            batch.token[i], batch.pos[i] = token, position + i
-            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
-            batch.logits[i] = 1
-        return batch
 
     def logits(self, index: int = -1) -> NDArray[np.float32]:
         """Logits [n_vocab] of a token of the last batch, valid until the next. Raises GenerationError.
@@ -374,6 +365,16 @@ class Context:
         if context:
             self._lib.llama_batch_free(self._batch)
             self._lib.llama_free(context)
+
+
+def fill_batch(batch: Any, tokens: Sequence[int], position: int, *, logits_from: int) -> Any:
+    """Put `tokens` into a `llama_batch` that has room for them, the first at `position`; with logits from one on."""
+    batch.n_tokens = len(tokens)
+    for i, token in enumerate(tokens):
+        batch.token[i], batch.pos[i] = token, position + i
+        batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+        batch.logits[i] = i >= logits_from
+    return batch
 
 
 def _bytes(data: State) -> Any:

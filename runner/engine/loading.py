@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +114,8 @@ def load_file(path: Path, options: LoadOptions, progress: LoadProgress | None) -
     try:
         vocabulary = Vocabulary(native.library().llama_model_get_vocab(model))
         metadata = native.model_metadata(model)
-        speculation = _speculation(options, context, vocabulary, layers)
-        if head and speculation is not None:
-            speculation = Speculation(PredictionHead(model, context, settings), speculation.seconds)
+        own = partial(PredictionHead, model, context, settings) if head else None
+        speculation = _speculation(options, context, vocabulary, layers, own)
     except BaseException:
         context.close()
         native.library().llama_model_free(model)
@@ -247,16 +247,20 @@ def _states(path: Path, options: LoadOptions, settings: ContextOptions) -> State
 
 
 def _speculation(
-    options: LoadOptions, context: Context, vocabulary: Vocabulary, gpu_layers: int
+    options: LoadOptions,
+    context: Context,
+    vocabulary: Vocabulary,
+    gpu_layers: int,
+    head: Callable[[], PredictionHead] | None,
 ) -> Speculation | None:
-    """Guessing what comes next, where a guess that was wrong can be taken back."""
+    """Guessing what comes next, where a wrong guess can be taken back: by the model's own `head`, if it has one."""
     if not context.most_drafted:
         if options.draft is not None:
             raise LoadError("--draft is for models whose memory can be cut, and this one's cannot: it is recurrent")
         return None
     seconds = BatchSeconds(_BATCH_SLOPE_GPU if gpu_layers else _BATCH_SLOPE_CPU)
     if options.draft is None:
-        return Speculation(Lookup(), seconds) if options.speculate else None
+        return Speculation(head() if head else Lookup(), seconds) if options.speculate else None
     small = LoadOptions(
         context=context.n_ctx,
         gpu_layers="all" if gpu_layers else 0,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,8 @@ from numpy.typing import NDArray
 from models import native
 from models.errors import LoadError
 from models.gguf_file import GgufFile
-from runner.engine.context import Context
-from runner.engine.context_params import BATCH, ContextOptions
+from runner.engine.context import Context, fill_batch
+from runner.engine.context_params import BATCH, ContextOptions, context_params
 from runner.engine.draft_model import PRIORS, guess_on
 from runner.engine.speculation import Draft
 
@@ -60,12 +61,8 @@ class PredictionHead:
         self._width: int = lib.llama_model_n_embd(model)
         self._first, self._rows = 0, np.empty((0, self._width), np.float32)
         """Hidden states of the last batch, and the position of the first."""
-        params = lib.llama_context_default_params()
+        params = context_params(replace(options, rollback=0))
         params.ctx_type = lib.LLAMA_CONTEXT_TYPE_MTP
-        params.n_ctx, params.n_batch, params.n_ubatch = options.n_ctx, BATCH, BATCH
-        params.n_threads, params.n_threads_batch = options.threads, options.batch_threads
-        params.type_k, params.type_v = options.type_k, options.type_v
-        params.no_perf = True
         with native.capture_log() as log:
             self._context = lib.llama_init_from_model(model, params)
         if not self._context:
@@ -131,13 +128,9 @@ class PredictionHead:
     def _compute(self, tokens: Sequence[int], position: int, given: Rows, *, logits: bool) -> bool:
         """In place of what is held from `position` on. With `logits` of the last token."""
         self._lib.llama_memory_seq_rm(self._memory, 0, position, -1)
-        batch, n = self._batch, len(tokens)
+        n = len(tokens)
         self._given[:n] = given
-        batch.n_tokens = n
-        for i, token in enumerate(tokens):
-            batch.token[i], batch.pos[i] = token, position + i
-            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
-            batch.logits[i] = logits and i == n - 1
+        batch = fill_batch(self._batch, tokens, position, logits_from=n - 1 if logits else n)
         with native.capture_log():
             return bool(self._lib.llama_decode(self._context, batch) == 0)
 
