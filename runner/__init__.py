@@ -19,20 +19,20 @@ from typing import TYPE_CHECKING
 from runner.engine.protocol import GenerationChunk, GenerationStats, LoadOptions, LoadProgress, Message, Sampling
 
 if TYPE_CHECKING:
-    from runner.engine.local import LocalEngine
+    from runner.engine.protocol import LoadedEngine
 
 __all__ = ["GenerationChunk", "GenerationStats", "LoadOptions", "Message", "Sampling", "load"]
 
 
 def load(
     model: str | Path, options: LoadOptions | None = None, *, progress: LoadProgress | None = None
-) -> LocalEngine:
+) -> LoadedEngine:
     """A model, ready to talk: a GGUF file, a library name, owner/name[:TYPE] on the hub, a checkpoint directory.
 
     One of the hub is fetched, and a checkpoint converted, the first time. Close it, or use it in a `with` block.
     Raises HandmillError: ModelFileError, LoadError, HubError, UsageError and others.
     """
     from runner.cli.resolve import resolve_model
-    from runner.engine import local
+    from runner.engine import start
 
-    return local.load(resolve_model(str(model), quiet=True), options, progress)
+    return start.load(resolve_model(str(model), quiet=True), options, progress)

@@ -28,6 +28,8 @@ class Speed:
     """From the slowest round to the fastest, as a share of the median."""
     bytes_per_second: float | None
     """What generating reads of weights and KV cache; None for a prompt, whose tokens share the weights."""
+    peak_bytes: int | None
+    """The most memory that the process held until then."""
 
 
 def measure(
@@ -95,4 +97,4 @@ def _speed(test: str, depth: int, n: int, seconds: Sequence[float], bytes_each: 
     rates = sorted(n / s for s in seconds)
     median = statistics.median(rates)
     read = None if bytes_each is None else bytes_each * median
-    return Speed(test, depth, median, (rates[-1] - rates[0]) / median, read)
+    return Speed(test, depth, median, (rates[-1] - rates[0]) / median, read, peak_memory())

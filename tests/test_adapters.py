@@ -35,7 +35,7 @@ def converted(base: Path, folder: Path, name: str) -> Path:
 
 def logits(model: Path, *loras: tuple[Path, float]) -> NDArray[np.float32]:
     with load(model, replace(OPTIONS, loras=loras)) as engine:
-        context, _ = engine.measured()
+        context = engine.context
         context.extend([1, 17, 93, 208])
         return context.logits().copy()
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from models.errors import LoadError
-from runner import bench
 from runner.bandwidth import device_speed, memory_bandwidth
 from runner.cli import main as cli
 from runner.engine.local import load
@@ -73,9 +72,7 @@ def test_bad_options_are_usage_errors(options: list[str]) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_round_begins_at_its_depth(kind: str, tmp_path: Path) -> None:
     with load(write_model(kind, tmp_path), LoadOptions(context=256, gpu_layers=0, threads=1, cache=0)) as engine:
-        context, gguf = engine.measured()
-        tests = bench.measure(context, gguf, prompt=8, generate=4, depths=[0, 50], rounds=2)
-        held = [len(context.held) for _ in tests]
+        held = [len(engine.context.held) for _ in engine.speeds(prompt=8, generate=4, depths=[0, 50], rounds=2)]
         assert held == [8, 4, 58, 54]
 
 

@@ -107,7 +107,7 @@ def test_closing_with_a_reply_half_read(dense: Path) -> None:
 
 def test_an_engine_that_nobody_closes_is_freed(dense: Path) -> None:
     engine = load(dense, OPTIONS)
-    context = engine.measured()[0]
+    context = engine.context
     list(engine.generate(PROMPT, replace(LONG, max_tokens=2)))
     gone = weakref.ref(engine)
     del engine
@@ -128,7 +128,7 @@ def test_a_file_that_is_deleted_or_replaced_while_it_is_loaded(dense: Path, tmp_
                 other = tmp_path / "other"
                 other.write_bytes(b"x" * 100)
                 other.replace(path)
-            engine.measured()[0].clear()
+            engine.context.clear()
             assert [chunk.token for chunk in engine.generate(PROMPT, replace(LONG, max_tokens=5))] == before
 
 
@@ -137,7 +137,7 @@ def test_logits_that_are_no_numbers(tmp_path: Path) -> None:
     write_tiny_tokenizer(source)
     path = convert_checkpoint(source, tmp_path / "nan.gguf", file_type("F32")).path
     with load(path, OPTIONS) as engine:
-        context = engine.measured()[0]
+        context = engine.context
         context.extend(PROMPT)
         context.logits()[7] = np.nan
         with pytest.raises(GenerationError, match="no numbers"):
@@ -155,7 +155,7 @@ def test_a_context_that_memory_does_not_hold_names_one_that_fits(dense: Path, mo
 
 def test_a_decode_that_fails_in_the_middle(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with load(dense, OPTIONS) as engine:
-        context = engine.measured()[0]
+        context = engine.context
         expected = [chunk.token for chunk in engine.generate(PROMPT, replace(LONG, max_tokens=9))]
         lib, calls = context._lib, iter(range(100))
 

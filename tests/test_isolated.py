@@ -6,9 +6,11 @@ import ctypes
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import pytest
 
 from models import isolated
 from models.errors import TensorError
-from models.isolated import Ended, isolation
+from models.isolated import Ended, Kind, Silent, isolation
 
 
 def refuse(name: str) -> None:
@@ -118,3 +120,92 @@ def test_nothing_beside_the_working_directory_is_imported(tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     with isolation("models.errors") as apart:
         assert apart.call(len, "four") == 4
+
+
+def count(n: int) -> Iterator[int]:
+    yield from range(n)
+    raise TensorError("no more", tensor=str(n))
+
+
+def count_slowly() -> Iterator[int]:
+    for i in range(1000):
+        yield i
+        time.sleep(0.01)
+
+
+def say_and_sleep(seconds: float) -> str:
+    for share in (0.25, 0.5):
+        isolated.send(share)
+        time.sleep(seconds)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        isolated.still_working()
+    return "done"
+
+
+def test_pieces_of_an_answer_come_one_by_one() -> None:
+    heard: list[float] = []
+    with isolation() as apart:
+        with pytest.raises(TensorError, match="no more"):
+            apart.call(count, 3, heard=heard.append)
+        assert heard == [0, 1, 2]
+        apart.ask(count, 2)
+        assert [apart.hear(10), apart.hear(10)] == [(Kind.PIECE, 0), (Kind.PIECE, 1)]
+        with pytest.raises(TensorError):
+            apart.hear(10)
+        with pytest.raises(Silent):
+            apart.hear(0.05)
+        assert apart.call(len, "four") == 4
+
+
+def test_what_of_an_abandoned_call_still_comes_is_not_heard() -> None:
+    with isolation() as apart:
+        apart.ask(count, 1_000)
+        assert apart.hear(10) == (Kind.PIECE, 0)
+        assert apart.call(len, "four") == 4
+
+
+def test_a_sign_of_life_gives_more_time() -> None:
+    heard: list[float] = []
+    with isolation() as apart:
+        assert apart.call(say_and_sleep, 0.8, seconds=1.6, heard=heard.append) == "done"
+    assert heard == [0.25, 0.5]
+
+
+def test_what_is_told_is_done_beside_a_call() -> None:
+    with isolation() as apart:
+        apart.ask(count_slowly)
+        apart.hear(10)
+        apart.tell(os._exit, 7)
+        with pytest.raises(Ended, match="status 7"):
+            apart.call(len, "four")
+
+
+def test_it_ends_with_the_process_that_started_it() -> None:
+    """Also when that is killed while a call is computed."""
+    code = (
+        "import os, time\n"
+        "from models.isolated import isolation\n"
+        "with isolation() as apart:\n"
+        "    print(apart.call(os.getpid), flush=True)\n"
+        "    apart.call(time.sleep, 1000)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        parent.kill()
+    for _ in range(500):
+        if not is_alive(pid):
+            return
+        time.sleep(0.02)
+    raise AssertionError("it lives on")
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    with suppress(OSError):  # nobody may have waited for it
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    return True

@@ -60,7 +60,7 @@ def test_replies_are_the_same(engine: LocalEngine, path: Path) -> None:
 
 
 def test_it_guesses_the_same_however_the_text_came(engine: LocalEngine) -> None:
-    head, context = head_of(engine), engine.measured()[0]
+    head, context = head_of(engine), engine.context
     text = [*PROMPT, 11, 12, 13, 14, 15]
 
     def guessed() -> list[int]:
@@ -90,7 +90,7 @@ def test_it_guesses_the_same_however_the_text_came(engine: LocalEngine) -> None:
 
 
 def test_what_it_has_not_seen_is_not_guessed_on(engine: LocalEngine) -> None:
-    head, context = head_of(engine), engine.measured()[0]
+    head, context = head_of(engine), engine.context
     context.extend(PROMPT)
     kept = context.snapshot()
     assert kept is not None

@@ -34,7 +34,7 @@ def test_what_was_on_trial(name: str, most_drafted: int, tmp_path: Path, starter
     make_checkpoint(CASES[name], tmp_path / "checkpoint", starter_model)
     path = convert_checkpoint(tmp_path / "checkpoint", tmp_path / "ours.gguf", file_type("F32")).path
     with load(path, LoadOptions(context=512, gpu_layers=0, threads=1, cache=0, kv_types=("f32", "f32"))) as engine:
-        context = engine.measured()[0]
+        context = engine.context
         assert context.most_drafted == most_drafted
         if most_drafted:
             assert_taken_back(context)

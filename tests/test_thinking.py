@@ -70,7 +70,7 @@ def mark_ids(engine: LocalEngine) -> list[int]:
 def steering(engine: LocalEngine) -> dict[str, Any]:
     """What makes this model, which has not learnt it, open one thought and never close it."""
     opens, closes = mark_ids(engine)
-    context = engine.measured()[0]
+    context = engine.context
     context.clear()
     context.extend(engine.encode_chat(MESSAGES))
     logits = context.logits()

@@ -21,7 +21,7 @@ from runner.cli.options import add_load_options, add_output_options, integer
 
 if TYPE_CHECKING:
     from runner.bench import Speed
-    from runner.engine.local import LocalEngine
+    from runner.engine.protocol import LoadedEngine
 
 HELP = "how fast a model is here"
 ORDER = 70
@@ -53,24 +53,21 @@ def run(args: argparse.Namespace) -> int:
         args.context = max(depths) + max(args.prompt, args.generate)
     with loaded_engine(args) as engine:
         from runner.bandwidth import memory_bandwidth
-        from runner.bench import measure, peak_memory
 
-        context, gguf = engine.measured()
-        fits = [depth for depth in depths if depth + max(args.prompt, args.generate) <= context.n_ctx]
+        n_ctx = engine.info.n_ctx
+        fits = [depth for depth in depths if depth + max(args.prompt, args.generate) <= n_ctx]
         if not fits:
-            raise UsageError(f"no test fits the context of {context.n_ctx} tokens", hint="--depth takes smaller ones")
-        bandwidth = None if engine.info.gpu_layers else memory_bandwidth(context.threads)
+            raise UsageError(f"no test fits the context of {n_ctx} tokens", hint="--depth takes smaller ones")
+        bandwidth = None if engine.info.gpu_layers else memory_bandwidth(engine.info.threads)
         if not (args.json or args.quiet):
             _print_head(engine, bandwidth)
         speeds = []
-        for speed in measure(
-            context, gguf, prompt=args.prompt, generate=args.generate, depths=fits, rounds=args.rounds
-        ):
+        for speed in engine.speeds(prompt=args.prompt, generate=args.generate, depths=fits, rounds=args.rounds):
             speeds.append(speed)
             share = None if bandwidth is None or not speed.bytes_per_second else speed.bytes_per_second / bandwidth
             _print(speed, share, engine, as_json=args.json)
-        if not (args.json or args.quiet) and (peak := peak_memory()):
-            print(f"memory at its peak: {human_bytes(peak)}")
+        if not (args.json or args.quiet) and speeds[-1].peak_bytes:
+            print(f"memory at its peak: {human_bytes(speeds[-1].peak_bytes)}")
     if args.plot:
         from runner.plot import plot_speeds
 
@@ -78,16 +75,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print_head(engine: LocalEngine, bandwidth: float | None) -> None:
+def _print_head(engine: LoadedEngine, bandwidth: float | None) -> None:
     info = engine.info
-    context, _ = engine.measured()
     speed = "" if bandwidth is None else f", memory read at {human_bytes(bandwidth)}/s"
-    print(f"{info.name} ({info.description}) on {info.device}, {context.threads} threads{speed}")
+    print(f"{info.name} ({info.description}) on {info.device}, {info.threads} threads{speed}")
     print(f"{'test':<8} {'depth':>6} {'tok/s':>9} {'spread':>7} {'of memory':>10}")
 
 
-def _print(speed: Speed, share: float | None, engine: LocalEngine, *, as_json: bool) -> None:
-    from runner.bench import peak_memory
+def _print(speed: Speed, share: float | None, engine: LoadedEngine, *, as_json: bool) -> None:
     from runner.engine.context_params import BATCH
 
     if not as_json:
@@ -100,14 +95,14 @@ def _print(speed: Speed, share: float | None, engine: LocalEngine, *, as_json: b
     facts = {
         "test": speed.test,
         "depth": speed.depth,
-        "threads": engine.measured()[0].threads,
+        "threads": engine.info.threads,
         "batch": BATCH,
         "tokens_per_second": round(speed.tokens_per_second, 3),
         "spread": round(speed.spread, 4),
         "gpu_layers": engine.info.gpu_layers,
         "device": engine.info.device,
         "memory_share": None if share is None else round(share, 4),
-        "peak_bytes": peak_memory(),
+        "peak_bytes": speed.peak_bytes,
     }
     print(json_line(facts), flush=True)
 

@@ -15,17 +15,17 @@ from runner.cli.progress import ProgressLine
 from runner.cli.resolve import resolve_model
 
 if TYPE_CHECKING:
-    from runner.engine.local import LocalEngine
+    from runner.engine.protocol import LoadedEngine
 
 
 @contextmanager
-def loaded_engine(args: argparse.Namespace) -> Iterator[LocalEngine]:
+def loaded_engine(args: argparse.Namespace) -> Iterator[LoadedEngine]:
     """Resolve MODEL, load it with a line of progress, say on stderr what is to be said of it; closed at the end.
 
     Raises HandmillError.
     """
     path = resolve_model(args.model, quiet=args.quiet)
-    from runner.engine.local import load
+    from runner.engine.start import load
 
     with ProgressLine(args.quiet or args.verbose) as line:
         engine = load(path, load_options(args), lambda share: line.show(f"loading {path.stem}", share, 1.0))

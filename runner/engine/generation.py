@@ -72,6 +72,8 @@ class Request:
     shift_after: int | None = None
     """With a full context go on without the oldest tokens after so many; None: the reply ends."""
     thinking: Thinking | None = None
+    given: Sequence[int] = ()
+    """Tokens of the reply that were picked and given out before, by an engine that is lost."""
 
 
 def reply(
@@ -86,8 +88,9 @@ def reply(
 
     `recall` brings the context near the prompt and says how many of its tokens are held then.
     """
-    tokens, sampling, thinking = request.tokens, request.sampling, request.thinking
-    stats = GenerationStats(prompt_tokens=len(tokens))
+    sampling, thinking = request.sampling, request.thinking
+    tokens, shifted = _within(context.n_ctx, request)
+    stats = GenerationStats(prompt_tokens=len(request.tokens), shifted_tokens=shifted)
     finish: FinishReason = "stop"
     stream, stops = TextStream(), StopFilter(sampling.stop)
     thoughts = ThoughtFilter(thinking.marks, inside=thinking.inside) if thinking else ThoughtFilter(None)
@@ -97,7 +100,27 @@ def reply(
         context.extend(tokens[held:], {*request.marks, len(tokens) - 1})
         return held
 
-    with closing(run(lambda: Sampler(sampling, vocabulary, tokens))) as sampler:
+    def chunk_of(token: int, piece: bytes) -> GenerationChunk:
+        nonlocal stats
+        was_inside = thoughts.inside
+        thought, answer = thoughts.feed(stream.feed(piece))
+        stats = replace(
+            stats,
+            generated_tokens=stats.generated_tokens + 1,
+            thought_tokens=stats.thought_tokens + (was_inside and thoughts.inside),
+        )
+        if not (thoughts.inside or thoughts.undecided):
+            sampler.constrained = True
+        return GenerationChunk(
+            stops.feed(answer),
+            token,
+            stats,
+            logprobs=steps.logprobs,
+            thought=thought,
+            thinking=thoughts.thinking,
+        )
+
+    with closing(run(lambda: Sampler(sampling, vocabulary, request.tokens))) as sampler:
         steps = Steps(context, vocabulary, sampler, speculation, run, sampling.logprobs)
         sampler.begin(thoughts.inside, thinking.opening if thinking and thoughts.undecided else None)
         began = time.perf_counter()
@@ -106,47 +129,49 @@ def reply(
             stats = replace(stats, cached_tokens=cached, prefill_seconds=time.perf_counter() - began)
             steps.begin(tokens)
             began = time.perf_counter()
+            shown = thinking.shown if thinking else ()
+            for token in request.given:  # its text has gone out
+                chunk_of(token, steps.repeat(token, shown))
+            picked: int | None = None
             while True:
-                if thinking and thoughts.inside and stats.thought_tokens == sampling.think_budget:
+                if stats.generated_tokens:
+                    if stops.stopped:
+                        break
+                    if context.abort_requested:
+                        raise Cancelled
+                    left = None if sampling.max_tokens is None else sampling.max_tokens - stats.generated_tokens
+                    if left != 0 and steps.held >= context.n_ctx and request.shift_after is not None:
+                        gone = steps.make_room(request.shift_after)
+                        stats = replace(stats, shifted_tokens=stats.shifted_tokens + gone)
+                    if left == 0 or steps.held >= context.n_ctx:
+                        finish = "length"
+                        break
+                    if picked is not None:
+                        steps.compute(picked, left)
+                budget = sampling.think_budget
+                if thinking and thoughts.inside and budget is not None and stats.thought_tokens >= budget:
                     steps.force(thinking.closing)
-                token, piece = steps.pick(thinking.shown if thinking else ())
+                picked, piece = steps.pick(shown)
                 stats = steps.counted(replace(stats, generate_seconds=stats.generate_seconds + _since(began)))
                 if piece is None:
                     break
-                was_inside = thoughts.inside
-                thought, answer = thoughts.feed(stream.feed(piece))
-                stats = replace(
-                    stats,
-                    generated_tokens=stats.generated_tokens + 1,
-                    thought_tokens=stats.thought_tokens + (was_inside and thoughts.inside),
-                )
-                if not (thoughts.inside or thoughts.undecided):
-                    sampler.constrained = True
-                yield GenerationChunk(
-                    stops.feed(answer),
-                    token,
-                    stats,
-                    logprobs=steps.logprobs,
-                    thought=thought,
-                    thinking=thoughts.thinking,
-                )
+                yield chunk_of(picked, piece)
                 began = time.perf_counter()
-                if stops.stopped:
-                    break
-                if context.abort_requested:
-                    raise Cancelled
-                left = None if sampling.max_tokens is None else sampling.max_tokens - stats.generated_tokens
-                if left != 0 and steps.held >= context.n_ctx and request.shift_after is not None:
-                    stats = replace(stats, shifted_tokens=stats.shifted_tokens + steps.make_room(request.shift_after))
-                if left == 0 or steps.held >= context.n_ctx:
-                    finish = "length"
-                    break
-                steps.compute(token, left)
         except Cancelled:
             finish = "cancelled"
         steps.settle()
         thought, answer = thoughts.flush()
         yield GenerationChunk(stops.feed(answer) + stops.flush(), None, stats, finish, thought=thought)
+
+
+def _within(n_ctx: int, request: Request) -> tuple[Sequence[int], int]:
+    """The tokens to compute before the first is picked, and how many of the oldest are not among them."""
+    tokens = [*request.tokens, *request.given]
+    if len(tokens) <= n_ctx or request.shift_after is None:
+        return tokens[:n_ctx], 0
+    keep = request.shift_after
+    newest = tokens[-(n_ctx - keep) // 2 :]
+    return [*tokens[:keep], *newest], len(tokens) - keep - len(newest)
 
 
 def _since(began: float) -> float:
@@ -214,6 +239,11 @@ class Steps:
         if token in shown:
             return token, self._vocabulary.piece(token, special=True)
         return token, None if self._vocabulary.is_eog(token) else self._vocabulary.piece(token)
+
+    def repeat(self, token: int, shown: Collection[int]) -> bytes:
+        """Count a token as picked that was before, and is computed already; its bytes."""
+        self._sampler.repeat(token)
+        return self._vocabulary.piece(token, special=token in shown)
 
     def compute(self, token: int, left: int | None) -> None:
         """Make the logits of what follows `token` ready; at most `left` more are wanted. Raises Cancelled."""

@@ -12,11 +12,10 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from models import native
 from models.errors import ContextOverflow, GenerationError
-from models.gguf_file import GgufFile
 from models.text import printable
 from runner.engine.branches import NO_TOKEN, Branches
 from runner.engine.context import Context
@@ -26,8 +25,12 @@ from runner.engine.normalize import nfc, normalizes
 from runner.engine.protocol import GenerationChunk, LoadOptions, LoadProgress, Message, ModelInfo, Sampling
 from runner.engine.recommended import recommended_sampling
 from runner.engine.state_files import WORTH_STORING
+from runner.engine.turn import Turn
 from runner.prompt import PromptEncoder
 from runner.thinking import find_marks
+
+if TYPE_CHECKING:
+    from runner.bench import Speed
 
 Result = TypeVar("Result")
 
@@ -62,7 +65,7 @@ class LocalEngine:
         self._branches = Branches(loaded.context, loaded.branch_bytes)
         self._states = loaded.states
         self._waits = options.when_busy == "wait"
-        self._turn = _Turn()
+        self._turn = Turn()
         self._native = threading.RLock()  # held while llama.cpp computes: close() waits for that
         self._closed = False
         self._free = weakref.finalize(self, _free, loaded)
@@ -77,6 +80,7 @@ class LocalEngine:
             gpu_layers=loaded.gpu_layers,
             device=loaded.device,
             load_seconds=loaded.seconds,
+            threads=loaded.context.threads,
             notes=loaded.notes,
         )
 
@@ -103,9 +107,17 @@ class LocalEngine:
         return self._prompts.encode_chat(messages, think)
 
     def chat(
-        self, messages: Sequence[Message], sampling: Sampling | None = None, *, shift: bool = False
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling | None = None,
+        *,
+        shift: bool = False,
+        given: Sequence[int] = (),
     ) -> Iterator[GenerationChunk]:
-        """The assistant's next turn; see the protocol. Raises TemplateError, ContextOverflow, GenerationError."""
+        """The assistant's next turn; see the protocol, and `Request`.
+
+        Raises TemplateError, ContextOverflow, GenerationError.
+        """
         sampling = sampling or self.default_sampling
         think = sampling.think
         tokens = self.encode_chat(messages, think=think)
@@ -117,6 +129,7 @@ class LocalEngine:
                 marks,
                 shift_after=min(marks, default=0) if shift else None,
                 thinking=thinking_after(tokens, self._thought_marks, self._vocabulary),
+                given=given,
             )
         )
 
@@ -127,9 +140,11 @@ class LocalEngine:
         *,
         marks: Collection[int] = (),
         shift_after: int | None = None,
+        given: Sequence[int] = (),
     ) -> Iterator[GenerationChunk]:
         """Continue `tokens`; see the protocol, and `Request`. Raises ContextOverflow, GenerationError."""
-        return self._checked(Request(list(tokens), sampling or self.default_sampling, marks, shift_after))
+        sampling = sampling or self.default_sampling
+        return self._checked(Request(list(tokens), sampling, marks, shift_after, given=given))
 
     def _checked(self, request: Request) -> Iterator[GenerationChunk]:
         tokens = request.tokens
@@ -184,10 +199,19 @@ class LocalEngine:
             self._check_open()
             return work()
 
-    def measured(self) -> tuple[Context, GgufFile]:
-        """What a benchmark measures, beneath the replies: nothing else may run meanwhile."""
+    @property
+    def context(self) -> Context:
+        """What is beneath the replies, to measure and test it: nothing else may run meanwhile."""
         self._check_open()
-        return self._context, self._loaded.gguf
+        return self._context
+
+    def speeds(self, *, prompt: int, generate: int, depths: Sequence[int], rounds: int) -> Iterator[Speed]:
+        """How fast it is; see the protocol. Raises GenerationError."""
+        from runner.bench import measure
+
+        self._check_open()
+        gguf = self._loaded.gguf
+        return measure(self._context, gguf, prompt=prompt, generate=generate, depths=depths, rounds=rounds)
 
     def cancel(self) -> None:
         """Stop a running generation soon, from any thread."""
@@ -215,33 +239,6 @@ class LocalEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-class _Turn:
-    """Whose turn it is to generate: one at a time, and whoever comes second waits or is refused."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._owner: int | None = None
-
-    def check_free(self) -> None:
-        if self._lock.locked():
-            raise GenerationError("a reply is still being generated", hint="Exhaust or close its iterator first.")
-
-    def taken(self, *, wait: bool) -> _Turn:
-        # A thread that waited for itself would wait for ever.
-        may_wait = wait and self._owner != threading.get_ident()
-        while not self._lock.acquire(timeout=0.2 if may_wait else 0):
-            if not may_wait:
-                self.check_free()
-        self._owner = threading.get_ident()
-        return self
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None:
-        self._owner = None
-        self._lock.release()
 
 
 def _free(loaded: Loaded) -> None:

@@ -9,7 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, Protocol, Self
+
+if TYPE_CHECKING:
+    from runner.bench import Speed
 
 FinishReason = Literal["stop", "length", "cancelled"]
 Role = Literal["system", "user", "assistant"]
@@ -112,8 +116,8 @@ class GenerationChunk:
     """A piece of a reply.
 
     `text` is of the answer, `thought` of what the model thinks before it. Both hold whole characters only and may be
-    empty. `token` is None in the last chunk, which carries `finish_reason`; the end-of-generation token itself never
-    comes out.
+    empty. `token` is None in the last chunk, which carries `finish_reason`, and in one that only brings a `notice`;
+    the end-of-generation token itself never comes out.
     """
 
     text: str
@@ -124,6 +128,8 @@ class GenerationChunk:
     thought: str = ""
     thinking: bool = False
     """Whether the token comes before the answer: of the thought, or of the marks around it."""
+    notice: str = ""
+    """What happened meanwhile, in a line: a device that was lost, memory that runs out."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +146,7 @@ class ModelInfo:
     gpu_layers: int
     device: str
     load_seconds: float
+    threads: int = 1
     notes: tuple[str, ...] = ()
     """One line each: why no GPU is used, what was tried again with less, what the template cannot protect."""
 
@@ -195,6 +202,20 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
+class LoadedEngine(Engine, Protocol):
+    """What `runner.engine.start.load` gives: to be closed, or used in a `with` block."""
+
+    def speeds(self, *, prompt: int, generate: int, depths: Sequence[int], rounds: int) -> Iterator[Speed]:
+        """How fast it is, as `runner.bench.measure` has it; nothing else may run meanwhile. Raises GenerationError."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
 @dataclass(frozen=True)
 class LoadOptions:
     """What a person may set. None: chosen by the runner."""
@@ -220,6 +241,8 @@ class LoadOptions:
     """Bytes of disk for what was computed of long prompts; 0 for none."""
     speculate: bool = True
     """Guess tokens from the context and check several at once, where that is quicker."""
+    workers: tuple[str, ...] = ()
+    """`host:port` of machines whose devices are used too."""
     draft: Path | None = None
     """A smaller model of the same vocabulary that guesses instead."""
     loras: tuple[tuple[Path, float], ...] = ()

@@ -63,12 +63,17 @@ class Sampler:
             token: int = self._lib.llama_sampler_sample(self._chain, context, index)
             return token
         token = self._constraint.pick(self._chain, context, index, self._opening)
-        self.constrained = token != self._opening
-        self._opening = None
-        if self.constrained:
-            self._constraint.accept(token)
-        self.accept(token)
+        self.repeat(token)
         return token
+
+    def repeat(self, token: int) -> None:
+        """Count a token as picked: by `sample`, or for the same reply in an engine that is lost."""
+        if self._constraint is not None and self.constrained:
+            self.constrained = token != self._opening
+            self._opening = None
+            if self.constrained:
+                self._constraint.accept(token)
+        self.accept(token)
 
     def accept(self, token: int) -> None:
         """Count a token as said that was not picked here, and that no grammar looks at."""

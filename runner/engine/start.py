@@ -1,0 +1,36 @@
+"""Loading a model: in this process where only its CPU computes, else in one of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+from runner.engine.protocol import LoadedEngine, LoadOptions, LoadProgress
+
+_BACKEND = re.compile(r"(?:lib)?ggml-(\w+)\.(?:so|dylib|dll)")
+_HARMLESS = ("base", "cpu", "blas", "rpc")
+"""Backends that end no process: those of the CPU, and of workers where there are none."""
+
+
+def load(path: Path, options: LoadOptions | None = None, progress: LoadProgress | None = None) -> LoadedEngine:
+    """Load a GGUF file. Raises ModelFileError, LoadError, UsageError."""
+    options = options or LoadOptions()
+    if options.gpu_layers != 0 and (options.workers or has_gpu_backend()):
+        from runner.engine.supervised import SupervisedEngine
+
+        return SupervisedEngine(path, options, progress)
+    from runner.engine import local
+
+    return local.load(path, options, progress)
+
+
+def has_gpu_backend() -> bool:
+    """Whether this build of llama.cpp can use a GPU, by the names of its files: nothing is loaded for it."""
+    found = importlib.util.find_spec("llama_cpp")
+    folders = [Path(place) / "lib" for place in (found.submodule_search_locations if found else None) or ()]
+    if chosen := os.environ.get("LLAMA_CPP_LIB_PATH"):
+        folders = [Path(chosen)]
+    names = [match[1] for folder in folders for file in folder.glob("*ggml-*") if (match := _BACKEND.match(file.name))]
+    return any(not name.startswith(_HARMLESS) for name in names)
