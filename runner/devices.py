@@ -76,6 +76,13 @@ def devices() -> list[Device]:
     return found
 
 
+def free_memory(name: str) -> int:
+    """Bytes free on the device called `name`, as it reports them. Raises LoadError."""
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    _base().ggml_backend_dev_memory(pointer_of(name), ctypes.byref(free), ctypes.byref(total))
+    return free.value
+
+
 def pointers() -> list[int]:
     """The `ggml_backend_dev_t` of each of `devices()`, in the same order."""
     ggml = _ggml()

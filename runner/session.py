@@ -117,6 +117,8 @@ class ChatSession:
                 if chunk.finish_reason is not None:
                     # Kept before the last chunk goes out: nobody has to ask for more to have it.
                     self._end_turn(before, pieces, tokens, complete)
+                if chunk.notice:
+                    self.notify(chunk.notice)
                 yield chunk
         except BaseException:
             self._end_turn(before, pieces, tokens, complete)

@@ -15,7 +15,14 @@ from contextlib import contextmanager
 
 @contextmanager
 def rpc_server(memory: int | None = None) -> Iterator[str]:
-    """Its `host:port`. With `memory`, allocations beyond that many bytes of address space fail there."""
+    """Its `host:port`; see `rpc_process`."""
+    with rpc_process(memory) as (endpoint, _):
+        yield endpoint
+
+
+@contextmanager
+def rpc_process(memory: int | None = None) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Its `host:port`, and the process. With `memory`, allocations beyond that many bytes of addresses fail there."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -36,7 +43,7 @@ def rpc_server(memory: int | None = None) -> Iterator[str]:
             time.sleep(0.05)
         else:
             raise AssertionError("the RPC server does not listen")
-        yield endpoint
+        yield endpoint, server
     finally:
         server.kill()
         server.wait()

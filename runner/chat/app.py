@@ -57,6 +57,7 @@ class ChatApp:
         session.notify = lambda text: self.say(f"[{text}]")
         self._engine = engine
         self._leaving = False
+        self._at_line_start = True
         self._prompt: PromptSession[str] = PromptSession(
             message=[("class:prompt", _PROMPT)],
             multiline=True,
@@ -92,7 +93,7 @@ class ChatApp:
 
     def say(self, text: str) -> None:
         terminal = TerminalFilter()
-        self._write(terminal.feed(text) + "\n")
+        self._write(("" if self._at_line_start else "\n") + terminal.feed(text) + "\n")
 
     def leave(self) -> None:
         self._leaving = True
@@ -109,20 +110,18 @@ class ChatApp:
     def show(self, chunks: Iterator[GenerationChunk]) -> None:
         """Show a reply as it comes. Ctrl-C ends it and keeps what came, a second one leaves."""
         terminal, thoughts = TerminalFilter(), Dimmed(self._write)
-        finish, shown = None, ""
+        finish = None
         with _quiet_keyboard(), _ctrl_c_stops(self._engine) as stopped:
             try:
                 for chunk in chunks:
                     thoughts.feed(chunk.thought, answer=chunk.text)
-                    text = terminal.feed(chunk.text)
-                    self._write(text)
-                    shown = text or shown
+                    self._write(terminal.feed(chunk.text))
                     finish = chunk.finish_reason
                     if stopped.is_set():  # pressed before the engine listened
                         self._engine.cancel()
             finally:
                 thoughts.close()
-                self._write("" if shown.endswith("\n") or not shown else "\n")
+                self._write("" if self._at_line_start else "\n")
         if finish == "cancelled":
             self.say("[stopped]")
         elif finish == "length":
@@ -130,6 +129,7 @@ class ChatApp:
 
     def _write(self, text: str) -> None:
         if text:
+            self._at_line_start = text.endswith("\n")
             output = self._prompt.output
             output.write_raw(text)
             output.flush()

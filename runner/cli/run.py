@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from models.errors import UsageError
+from models.text import printable
 from runner.chat.render import Dimmed, TerminalFilter, json_line
 from runner.cli.loading import loaded_engine
 from runner.cli.options import add_load_options, add_output_options, add_sampling_options, integer, sampling
@@ -47,7 +48,9 @@ def run(args: argparse.Namespace) -> int:
     prompt = _prompt(args.prompt)
     with loaded_engine(args) as engine:
         chunks = _reply(engine, prompt, args)
-        last = _collect(chunks, engine.info) if args.json else _stream(chunks, show_thought=not args.quiet)
+        if not args.quiet:
+            chunks = _noting(chunks)
+        last = _collect(chunks, engine) if args.json else _stream(chunks, show_thought=not args.quiet)
         if not (args.json or args.quiet) and sys.stderr.isatty():
             print(describe(last.stats, engine.info), file=sys.stderr)
     return 0
@@ -87,6 +90,13 @@ def _reply(engine: Engine, prompt: str, args: argparse.Namespace) -> Iterator[Ge
     return engine.chat([*system, Message("user", prompt)], settings)
 
 
+def _noting(chunks: Iterator[GenerationChunk]) -> Iterator[GenerationChunk]:
+    for chunk in chunks:
+        if chunk.notice:
+            print(f"note: {printable(chunk.notice, 1000)}", file=sys.stderr)
+        yield chunk
+
+
 def _stream(chunks: Iterator[GenerationChunk], *, show_thought: bool) -> GenerationChunk:
     """Write the reply as it comes; the last chunk."""
     on_terminal = sys.stdout.isatty()
@@ -114,7 +124,7 @@ def _to_stderr(text: str) -> None:
     print(text, end="", file=sys.stderr, flush=True)
 
 
-def _collect(chunks: Iterator[GenerationChunk], info: ModelInfo) -> GenerationChunk:
+def _collect(chunks: Iterator[GenerationChunk], engine: Engine) -> GenerationChunk:
     last = GenerationChunk("", None)
     pieces, thoughts, logprobs = [], [], []
     for last in chunks:
@@ -123,7 +133,7 @@ def _collect(chunks: Iterator[GenerationChunk], info: ModelInfo) -> GenerationCh
         if last.logprobs is not None:
             top = [{"token": token, "logprob": value} for token, value in last.logprobs.top]
             logprobs.append({"token": last.token, "logprob": last.logprobs.logprob, "top": top})
-    facts = report("".join(pieces), "".join(thoughts), last, info=info)
+    facts = report("".join(pieces), "".join(thoughts), last, info=engine.info)
     print(json_line(facts | {"logprobs": logprobs} if logprobs else facts))
     return last
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -83,7 +83,7 @@ def reply(
     speculation: Speculation | None,
     request: Request,
     run: Run,
-) -> Iterator[GenerationChunk]:
+) -> Generator[GenerationChunk, None, None]:
     """The chunks of a reply. Raises GenerationError.
 
     `recall` brings the context near the prompt and says how many of its tokens are held then.

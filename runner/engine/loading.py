@@ -58,6 +58,8 @@ class Loaded:
     gpu_layers: int
     n_layers: int
     device: str
+    device_names: tuple[str, ...]
+    """Of those that layers were placed on."""
     seconds: float
     notes: tuple[str, ...]
     branch_bytes: int
@@ -120,6 +122,7 @@ def load_file(path: Path, options: LoadOptions, progress: LoadProgress | None) -
         context.close()
         native.library().llama_model_free(model)
         raise
+    used = [device for device in available if dict(split.layers).get(device.name)]
     return Loaded(
         gguf=gguf,
         model=model,
@@ -128,7 +131,8 @@ def load_file(path: Path, options: LoadOptions, progress: LoadProgress | None) -
         metadata=metadata,
         gpu_layers=layers,
         n_layers=plan.n_layers,
-        device=" + ".join(f"{d.name} ({d.description})" for d in available if dict(split.layers).get(d.name)) or "CPU",
+        device=" + ".join(f"{device.name} ({device.description})" for device in used) or "CPU",
+        device_names=tuple(device.name for device in used),
         seconds=time.perf_counter() - started,
         notes=tuple(notes),
         branch_bytes=_BRANCH_BYTES_UNKNOWN if spare is None else min(_MOST_BRANCH_BYTES, spare // _SPARE_SHARE),

@@ -9,7 +9,8 @@ import ctypes
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
@@ -21,6 +22,7 @@ from runner.engine.branches import NO_TOKEN, Branches
 from runner.engine.context import Context
 from runner.engine.generation import Request, reply, thinking_after
 from runner.engine.loading import Loaded, load_file
+from runner.engine.memory_watch import MemoryWatch
 from runner.engine.normalize import nfc, normalizes
 from runner.engine.protocol import GenerationChunk, LoadOptions, LoadProgress, Message, ModelInfo, Sampling
 from runner.engine.recommended import recommended_sampling
@@ -64,6 +66,7 @@ class LocalEngine:
         self._thought_marks = find_marks(loaded.metadata.get("tokenizer.chat_template", ""))
         self._branches = Branches(loaded.context, loaded.branch_bytes)
         self._states = loaded.states
+        self._watch = MemoryWatch(loaded.device_names)
         self._waits = options.when_busy == "wait"
         self._turn = Turn()
         self._native = threading.RLock()  # held while llama.cpp computes: close() waits for that
@@ -169,9 +172,12 @@ class LocalEngine:
         with self._turn.taken(wait=self._waits):
             self._check_open()
             self._context.clear_abort()
-            yield from reply(
-                self._context, self._vocabulary, self._recall, self._loaded.speculation, request, self._locked
-            )
+            speculation = self._loaded.speculation
+            chunks = reply(self._context, self._vocabulary, self._recall, speculation, request, self._locked)
+            with closing(chunks):
+                for chunk in chunks:
+                    notice = self._locked(self._watch.look)
+                    yield replace(chunk, notice=notice) if notice else chunk
 
     def _recall(self, tokens: Sequence[int]) -> int:
         """Bring the context as near to the prompt as anything is that was computed once."""
@@ -210,6 +216,7 @@ class LocalEngine:
         from runner.bench import measure
 
         self._check_open()
+        self._context.clear_abort()
         gguf = self._loaded.gguf
         return measure(self._context, gguf, prompt=prompt, generate=generate, depths=depths, rounds=rounds)
 

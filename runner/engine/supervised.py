@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 _LOOK_EVERY = 0.1
-_STOPS_WITHIN = 0.3
+_STOPS_WITHIN = 0.2
 """Seconds after which a reply that was cancelled ends here, whatever the device still computes."""
 _LOAD_SECONDS = 300
 """Between two signs of a load: a large tensor over a slow line."""
@@ -211,7 +211,7 @@ class SupervisedEngine:
             given: list[int] = []
             before = stats = GenerationStats()
             while True:
-                process = self._process
+                process, finished = self._process, False
                 try:
                     process.apart.ask(function, *args, tuple(given))
                     for chunk in self._pieces():
@@ -219,6 +219,7 @@ class SupervisedEngine:
                         if chunk.token is not None:
                             given.append(chunk.token)
                         yield replace(chunk, stats=stats)
+                    finished = True
                     return
                 except Silent:
                     yield GenerationChunk("", None, stats, "cancelled")
@@ -230,14 +231,15 @@ class SupervisedEngine:
                         yield GenerationChunk("", None, stats, notice=notice)
                     before = stats
                 finally:
-                    # Ctrl-C, a caller who wants no more, or the end: it costs nothing where nothing is computed
-                    process.apart.abandon()
-                    process.apart.tell(child.cancel)
+                    if not finished:  # Ctrl-C, or a caller who wants no more
+                        process.apart.abandon()
+                        process.apart.tell(child.cancel)
 
     def _pieces(self) -> Iterator[Any]:
         """What comes of the call that was asked, until it ends. Raises Ended; Silent after a cancel that is late."""
         while True:
             kind, value = self._sign_of_life()
+            _ = self._process
             if kind is Kind.END:
                 return
             if kind is Kind.PIECE:
