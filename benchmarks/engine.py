@@ -1,12 +1,13 @@
 """What the engine costs beside llama.cpp's own tools, in turns, in one run, with the starter model or another.
 
-    python -m benchmarks.engine [--case speed|first|draft|restore] [--rounds N] [--model FILE]
+    python -m benchmarks.engine [--case speed|first|draft|restore|apart] [--rounds N] [--model FILE]
 
 `speed`: `handmill bench` beside llama-bench: 512 tokens of prompt, 128 generated. `first`: from the start of the
 process to the first byte of the reply, beside llama-completion with the very same prompt. `draft`: a page of code
 repeated, and free text: plain, with lookup, and by llama-lookup. `restore`: 4,000 tokens computed, and taken from disk
-by the next process. What is compared is medians, and the median of the ratios of a round: these hold where a machine
-is noisy.
+by the next process. `apart`: the engine in a process of its own, where it is with a GPU, beside one in this process,
+both on the CPU. What is compared is medians, and the median of the ratios of a round: these hold where a machine is
+noisy.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from pathlib import Path
 from models.native import open_vocabulary
 from models.starter import fetch_starter
 from runner import LoadOptions, Message, Sampling, load
+from runner.engine import local
+from runner.engine.protocol import Engine
+from runner.engine.supervised import SupervisedEngine
 from runner.engine.threads import default_threads
 from scripts.build_peer import BINARIES, peer_folder
 
@@ -132,6 +136,38 @@ def _restore(model: Path, rounds: int) -> None:
     print(f"  computed {computed:.2f} s, restored {restored:.3f} s   1/{computed / restored:.0f}")
 
 
+_REPLY = """
+import sys
+from pathlib import Path
+from runner import LoadOptions, Message, Sampling
+from runner.engine.{module} import {make}
+
+with {make}(Path(sys.argv[1]), LoadOptions(context=2048, gpu_layers=0, cache=0)) as engine:
+    for chunk in engine.chat([Message("user", sys.argv[2])], Sampling(temperature=0.0, max_tokens=8)):
+        print(chunk.text, end="", flush=True)
+"""
+
+
+def _apart(model: Path, rounds: int) -> None:
+    code = [_REPLY.format(module=module, make=make) for module, make in _ENGINES]
+    commands = [[sys.executable, "-c", text, str(model), _QUESTION] for text in code]
+    pairs = [[_first_byte(command) for command in commands] for _ in range(rounds)]
+    here, apart = (statistics.median(pair[i] for pair in pairs) for i in (0, 1))
+    over = statistics.median(b - a for a, b in pairs)
+    print(f"  first    {apart:.3f} s, in this process {here:.3f} s   median difference {over:.3f} s", flush=True)
+    options = LoadOptions(context=2048, gpu_layers=0, cache=0, speculate=False)
+    long = Sampling(temperature=0.0, max_tokens=200)
+    with local.load(model, options) as inside, SupervisedEngine(model, options) as outside:
+
+        def rate(engine: Engine) -> Rates:
+            return {"tg200": list(engine.chat([Message("user", _FREE)], long))[-1].stats.tokens_per_second}
+
+        _compare(rounds, lambda: rate(outside), lambda: rate(inside), than="tok/s, in this process")
+
+
+_ENGINES = (("local", "load"), ("supervised", "SupervisedEngine"))
+
+
 def _text(model: Path, tokens: Sequence[int]) -> str:
     """What a tool of llama.cpp has to be given for these tokens."""
     with open_vocabulary(model) as vocabulary:
@@ -175,6 +211,7 @@ _CASES: dict[str, Callable[[Path, int], None]] = {
     "first": _first,
     "draft": _draft,
     "restore": _restore,
+    "apart": _apart,
 }
 
 if __name__ == "__main__":
