@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
-import os
 import shutil
-import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,8 +22,6 @@ _KINDS: dict[int, Kind] = {0: "cpu", 1: "gpu", 2: "igpu", 3: "accelerator"}
 
 GPU_BACKENDS = ("CUDA", "HIP", "ROCm", "MUSA", "Vulkan", "Metal", "MTL", "SYCL", "CANN", "OpenCL", "WebGPU")
 """Names that a build's registry of a GPU backend may have. RPC is none: it has devices only when told of a server."""
-
-_endpoints: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,7 @@ class Device:
 
 def devices() -> list[Device]:
     """All devices, in llama.cpp's order."""
-    base = _base()
+    base = ggml_base()
 
     def text(function: str, pointer: int | None) -> str:
         raw = getattr(base, function)(pointer) if pointer else None
@@ -79,19 +75,19 @@ def devices() -> list[Device]:
 def free_memory(name: str) -> int:
     """Bytes free on the device called `name`, as it reports them. Raises LoadError."""
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    _base().ggml_backend_dev_memory(pointer_of(name), ctypes.byref(free), ctypes.byref(total))
+    ggml_base().ggml_backend_dev_memory(pointer_of(name), ctypes.byref(free), ctypes.byref(total))
     return free.value
 
 
 def pointers() -> list[int]:
     """The `ggml_backend_dev_t` of each of `devices()`, in the same order."""
-    ggml = _ggml()
-    return [ggml.ggml_backend_dev_get(index) for index in range(ggml.ggml_backend_dev_count())]
+    registry = ggml()
+    return [registry.ggml_backend_dev_get(index) for index in range(registry.ggml_backend_dev_count())]
 
 
 def pointer_of(name: str) -> int:
     """The `ggml_backend_dev_t` of the device called `name`. Raises LoadError."""
-    base = _base()
+    base = ggml_base()
     for pointer in pointers():
         if printable(base.ggml_backend_dev_name(pointer).decode("utf-8", "replace")) == name:
             return pointer
@@ -100,14 +96,13 @@ def pointer_of(name: str) -> int:
 
 def cpu_buffer_type() -> int:
     """The `ggml_backend_buffer_type_t` of plain CPU memory."""
-    ggml, base = _ggml(), _base()
-    pointer = ggml.ggml_backend_dev_by_type(0)
+    base, pointer = ggml_base(), ggml().ggml_backend_dev_by_type(0)
     return int(base.ggml_backend_dev_buffer_type(pointer))
 
 
 def device_of_buffer_type(buffer_type: int) -> str:
     """The name of the device that memory of this `ggml_backend_buffer_type_t` is on; "CPU" for the machine's own."""
-    base = _base()
+    base = ggml_base()
     pointer = base.ggml_backend_buft_get_device(buffer_type)
     if not pointer or base.ggml_backend_buft_is_host(buffer_type) or base.ggml_backend_dev_type(pointer) == 0:
         return "CPU"
@@ -125,16 +120,16 @@ def offload_devices(found: Sequence[Device] | None = None) -> list[Device]:
 
 def has_offload_device() -> bool:
     """Whether there is any; without asking it anything, since one that is away ends the process."""
-    base = _base()
+    base = ggml_base()
     return any(_KINDS.get(base.ggml_backend_dev_type(pointer)) in ("gpu", "igpu") for pointer in pointers())
 
 
 def backends() -> list[str]:
     """Names of the backends in this build, such as "CPU", "CUDA", "RPC"."""
-    ggml, base = _ggml(), _base()
+    registry, base = ggml(), ggml_base()
     return [
-        base.ggml_backend_reg_name(ggml.ggml_backend_reg_get(index)).decode("utf-8", "replace")
-        for index in range(ggml.ggml_backend_reg_count())
+        base.ggml_backend_reg_name(registry.ggml_backend_reg_get(index)).decode("utf-8", "replace")
+        for index in range(registry.ggml_backend_reg_count())
     ]
 
 
@@ -169,46 +164,7 @@ def _has_nvidia_gpu() -> bool:
     return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
 
 
-def add_rpc_device(endpoint: str) -> None:
-    """Make the devices of an RPC server (`host:port`) known to llama.cpp, for good.
-
-    They count as GPUs from here on. Raises LoadError where the build has no RPC backend or no server answers.
-    A server lost later ends this process.
-    """
-    ggml, base = _ggml(), _base()
-    registry = ggml.ggml_backend_reg_by_name(b"RPC")
-    if not registry:
-        raise LoadError(
-            "this build of llama.cpp has no RPC backend",
-            hint='CMAKE_ARGS="-DGGML_RPC=ON" pip install --no-cache-dir --force-reinstall llama-cpp-python',
-        )
-    _check_listens(endpoint)  # llama.cpp would end the process
-    address = base.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_rpc_add_server")
-    add_server = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)(address)
-    with native.capture_log() as log:
-        server = add_server(os.fsencode(endpoint))
-    if not server:
-        said = "; ".join(log.problems())
-        raise LoadError(f"no RPC server answers at {endpoint}: {said}", endpoint=endpoint)
-    ggml.ggml_backend_register(server)
-    if endpoint not in _endpoints:
-        _endpoints.append(endpoint)
-
-
-def rpc_endpoints() -> tuple[str, ...]:
-    """The servers added in this process, in their order: another process that adds them sees the same devices."""
-    return tuple(_endpoints)
-
-
-def _check_listens(endpoint: str) -> None:
-    host, _, port = endpoint.rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=5).close()
-    except (OSError, ValueError, OverflowError) as error:
-        raise LoadError(f"no RPC server answers at {endpoint}: {error}", endpoint=endpoint) from error
-
-
-def _ggml() -> Any:
+def ggml() -> Any:
     """libggml, the registry of backends and devices."""
     lib = native.shared_library("ggml")
     for name in ("ggml_backend_dev_count", "ggml_backend_reg_count"):
@@ -225,7 +181,7 @@ def _ggml() -> Any:
     return lib
 
 
-def _base() -> Any:
+def ggml_base() -> Any:
     """libggml-base, what can be asked of one backend or device."""
     lib = native.shared_library("ggml-base")
     for name in ("dev_name", "dev_description", "reg_name", "buft_name"):

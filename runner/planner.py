@@ -10,7 +10,7 @@ from typing import TypeVar
 from models.errors import LoadError
 from models.gguf_file import GgufFile
 from models.isolated import Ended, Isolated, isolation
-from runner import devices, placing
+from runner import devices, placing, rpc
 from runner.bandwidth import DeviceSpeed, device_speed
 from runner.devices import Device
 from runner.engine.accounting import account
@@ -72,8 +72,8 @@ def planner(endpoints: Sequence[str] | None = None) -> Iterator[Planner]:
     with isolation("runner.engine.accounting", "runner.bandwidth") as apart:
         asked = Planner(apart)
         try:
-            for endpoint in devices.rpc_endpoints() if endpoints is None else endpoints:
-                asked._asked(devices.add_rpc_device, endpoint)
+            for endpoint in rpc.endpoints() if endpoints is None else endpoints:
+                asked._asked(rpc.add_server, endpoint)
         except LoadError as error:
             raise LoadError(str(error), hint=error.hint, lost=True) from error
         yield asked

@@ -28,7 +28,7 @@ import json, sys
 from dataclasses import asdict
 from pathlib import Path
 from models import native
-from runner import devices
+from runner import rpc
 from runner.engine import accounting
 from runner.engine.context import Context
 from runner.engine.context_params import ContextOptions
@@ -36,7 +36,7 @@ from runner.engine.model_params import model_params
 from runner.placement import Split
 model, endpoints, cases = Path(sys.argv[1]), sys.argv[2].split(","), json.loads(sys.argv[3])
 for endpoint in endpoints:
-    devices.add_rpc_device(endpoint)
+    rpc.add_server(endpoint)
 lib, exact = native.library(), accounting.breakdown
 for case in cases:
     split = Split(tuple(map(tuple, case["layers"])), tuple(case["on_cpu"]))

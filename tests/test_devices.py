@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from models.errors import LoadError
-from runner import devices
+from runner import devices, rpc
 
 
 def test_the_cpu_is_always_there() -> None:
@@ -61,4 +61,4 @@ def test_a_server_that_is_not_there_is_an_error() -> None:
     if "RPC" not in devices.backends():
         pytest.skip("this build has no RPC backend")
     with pytest.raises(LoadError, match=r"127\.0\.0\.1:1"):
-        devices.add_rpc_device("127.0.0.1:1")
+        rpc.add_server("127.0.0.1:1")

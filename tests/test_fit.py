@@ -211,10 +211,10 @@ def test_a_checkpoint_is_planned_as_what_it_would_become(
 # A device once registered stays: in a process of its own.
 PROGRAM = """
 import sys
-from runner import devices
+from runner import rpc
 from runner.cli import main
 for endpoint in sys.argv[1].split(","):
-    devices.add_rpc_device(endpoint)
+    rpc.add_server(endpoint)
 sys.exit(main.main(sys.argv[2:]))
 """
 

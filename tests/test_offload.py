@@ -129,9 +129,7 @@ def test_a_cap_holds(device: Device, starter_model: Path, on_cpu: list[Generatio
             check_same_reply(on_cpu, list(engine.chat(MESSAGES, GREEDY)))
 
 
-def test_a_device_that_is_full_gets_less(
-    device: Device, starter_model: Path, on_cpu: list[GenerationChunk]
-) -> None:
+def test_a_device_that_is_full_gets_less(device: Device, starter_model: Path, on_cpu: list[GenerationChunk]) -> None:
     room = 120 * MB if isinstance(device, Loopback) else _BACKEND_BYTES_ELSE
     with device.nearly_full(room, gpu_layers="all") as options, load(starter_model, options) as engine:
         assert engine.info.gpu_layers < 31

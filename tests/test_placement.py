@@ -168,12 +168,12 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 from models import native
-from runner.devices import add_rpc_device
+from runner.rpc import add_server
 from runner.engine.local import load
 from runner.engine.protocol import LoadOptions, Sampling
 model, endpoints, *wanted = sys.argv[1:]
 for endpoint in filter(None, endpoints.split(",")):
-    add_rpc_device(endpoint)
+    add_server(endpoint)
 for options in map(json.loads, wanted):
     with native.capture_log() as log:
         engine = load(Path(model), LoadOptions(repack=False, cache=0, **options))

@@ -192,9 +192,7 @@ def test_errors_are_those_of_the_engine(tmp_path: Path, starter_model: Path) -> 
             SupervisedEngine(starter_model, options(endpoint, loras=((broken, 1.0),)))
 
 
-def test_a_process_that_ends_on_every_device_is_an_error(
-    starter_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_that_ends_on_every_device_is_an_error(starter_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with rpc_server() as endpoint:
         engine = SupervisedEngine(starter_model, options(endpoint))
         chunks = engine.chat(MESSAGES, GREEDY)

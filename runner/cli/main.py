@@ -22,6 +22,7 @@ from types import FrameType, ModuleType
 
 from models.errors import HandmillError
 from models.text import printable
+from runner.cli.options import with_defaults
 
 
 class Terminated(BaseException):
@@ -44,10 +45,10 @@ def console() -> int:
 def main(argv: Sequence[str]) -> int:
     """Run one command line; the exit code. Raises nothing, but for HANDMILL_DEBUG."""
     try:
-        args = parse(argv)
-    except SystemExit as stop:  # argparse has said why, or has printed the help
-        return stop.code if isinstance(stop.code, int) else 2
-    try:
+        try:
+            args = parse(argv)
+        except SystemExit as stop:  # argparse has said why, or has printed the help
+            return stop.code if isinstance(stop.code, int) else 2
         with _signals_end_cleanly():
             code: int = args.run(args)
             sys.stdout.flush()
@@ -80,8 +81,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments. Raises SystemExit, as argparse does."""
-    parser = build_parser(argv[0] if argv else None)
+    """The arguments. Raises SystemExit, as argparse does, and UsageError for a bad `config.toml`."""
+    parser = build_parser(argv[0] if argv else None, configured=not {"-h", "--help"} & set(argv))
     if "_ARGCOMPLETE" in os.environ:  # a shell asks what could stand at the cursor
         import argcomplete
 
@@ -95,8 +96,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def build_parser(command: str | None = None) -> argparse.ArgumentParser:
-    """A parser of `command` alone, if there is such a one, else of all."""
+def build_parser(command: str | None = None, *, configured: bool = False) -> argparse.ArgumentParser:
+    """A parser of `command` alone, if there is such a one, else of all; `configured` with the person's defaults."""
     parser = argparse.ArgumentParser(
         prog="handmill",
         description="Quantize Hugging Face checkpoints and chat with them, offline, on your own hardware.",
@@ -112,6 +113,8 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         module.add_arguments(sub)
+        if configured and name == command:
+            with_defaults(sub)
         sub.set_defaults(run=module.run)
     return parser
 

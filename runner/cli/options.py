@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from models.errors import HandmillError
+from runner.cli import config
 from runner.engine.protocol import LoadOptions, Sampling
 
 _KV = "f16, bf16, f32, q8_0, q5_1, q5_0, q4_1, q4_0, iq4_nl"
@@ -61,6 +63,14 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
         "-j", "--threads", type=integer(1), metavar="N", help="threads to compute with (default: physical cores)"
     )
     group.add_argument(
+        "--worker",
+        type=worker,
+        action="append",
+        default=[],
+        metavar="HOST:PORT",
+        help="use the devices that `handmill worker` lends there, too; may be repeated",
+    )
+    group.add_argument(
         "--kv-type",
         type=kv_types,
         metavar="TYPE[,TYPE]|auto",
@@ -107,6 +117,15 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
 
 
+def with_defaults(parser: argparse.ArgumentParser) -> None:
+    """Let the person's `config.toml` set defaults, if the command takes options of these. Raises UsageError."""
+    shared = argparse.ArgumentParser(add_help=False)
+    add_load_options(shared)
+    add_sampling_options(shared)
+    if "--gpu-layers" in parser._option_string_actions:
+        config.apply(parser, shared)
+
+
 def load_options(args: argparse.Namespace) -> LoadOptions:
     return LoadOptions(
         context=args.context,
@@ -120,6 +139,7 @@ def load_options(args: argparse.Namespace) -> LoadOptions:
         loras=tuple(args.lora),
         cache=args.cache,
         speculate=not args.no_speculate,
+        workers=tuple(args.worker),
         draft=args.draft,
     )
 
@@ -189,6 +209,17 @@ def logit_bias(text: str) -> tuple[int, float]:
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} is no TOKEN=BIAS")
     return integer(0)(token), number(-100, 100)(bias)
+
+
+def worker(text: str) -> str:
+    """An argparse type: `HOST:PORT`, or a host with the usual port."""
+    from runner.rpc import DEFAULT_PORT, parse_endpoint
+
+    try:
+        host, port = parse_endpoint(text, DEFAULT_PORT)
+    except HandmillError as error:
+        raise argparse.ArgumentTypeError(f"{error}: {error.hint}") from None
+    return f"{host}:{port}"
 
 
 def context(text: str) -> int | Literal["auto"]:

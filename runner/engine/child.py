@@ -28,11 +28,8 @@ class Facts:
 
 def load(path: Path, options: LoadOptions) -> Facts:
     """As `runner.engine.local.load`; how far it has come is sent."""
-    from runner import devices
     from runner.engine import local
 
-    for endpoint in options.workers if options.gpu_layers != 0 else ():
-        devices.add_rpc_device(endpoint)
     engine = local.load(path, options, send)
     _engines.append(engine)
     return Facts(engine.info, engine.has_chat_template, engine.default_sampling)

@@ -16,7 +16,7 @@ from models.gguf_parts import check_model_file
 from models.library import home
 from models.native import Vocabulary
 from models.text import human_bytes
-from runner import devices, placement
+from runner import devices, placement, rpc
 from runner.devices import Device
 from runner.engine.adapters import apply_adapters
 from runner.engine.context import Context
@@ -75,9 +75,11 @@ def load_file(path: Path, options: LoadOptions, progress: LoadProgress | None) -
     """
     started = time.perf_counter()
     gguf = check_model_file(path)
+    left_out = rpc.add_workers(options.workers) if options.gpu_layers != 0 else []
     spare = spare_memory(gguf)
     offload = options.gpu_layers != 0 and devices.has_offload_device()
     n_ctx, notes = choose_context(gguf, options, offload=offload)
+    notes = [*left_out, *notes]
     threads = options.threads or default_threads()
     native.set_verbose(options.verbose)
 
@@ -161,12 +163,13 @@ def _plan(gguf: GgufFile, n_ctx: int, options: LoadOptions, notes: list[str]) ->
     if options.gpu_layers == 0:
         return place_without_asking(gguf, [], wish), []
     if not devices.has_offload_device():
-        notes.append(devices.why_no_gpu())
+        if not options.workers:
+            notes.append(devices.why_no_gpu())
         return place_without_asking(gguf, [], wish), []
     if options.gpu_layers != "auto":
         available = devices.offload_devices()
         return place_without_asking(gguf, available, wish), available
-    if not devices.rpc_endpoints():
+    if not rpc.endpoints():
         available = devices.offload_devices()
         if spacious := place_with_room_to_spare(gguf, available, wish):
             return spacious, available

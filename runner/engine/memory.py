@@ -56,12 +56,21 @@ def _system(meminfo: Path) -> int | None:
 
 def _address_space(statm: Path) -> int | None:
     """What `ulimit -v` leaves."""
-    with suppress(ImportError, OSError, ValueError, IndexError):  # not on Windows
+    with suppress(ImportError):  # not on Windows
         import resource
 
         limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-        if limit != resource.RLIM_INFINITY:
-            return max(0, limit - int(statm.read_text().split()[0]) * resource.getpagesize())
+        if limit != resource.RLIM_INFINITY and (taken := taken_addresses(statm)) is not None:
+            return max(0, limit - taken)
+    return None
+
+
+def taken_addresses(statm: Path = Path("/proc/self/statm")) -> int | None:
+    """Bytes of addresses that this process has taken; None where nobody says."""
+    with suppress(ImportError, OSError, ValueError, IndexError):
+        import resource
+
+        return int(statm.read_text().split()[0]) * resource.getpagesize()
     return None
 
 

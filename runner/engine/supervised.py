@@ -21,6 +21,7 @@ from models.errors import GenerationError, HandmillError, LoadError
 from models.isolated import Ended, Isolated, Kind, Silent, isolation
 from runner.engine import child
 from runner.engine.child import Facts
+from runner.engine.lookout import Lookout, is_alive
 from runner.engine.protocol import (
     GenerationChunk,
     GenerationStats,
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 _LOOK_EVERY = 0.1
+_SILENCE = 1.0
+"""Seconds after which workers are asked whether they are still there."""
 _STOPS_WITHIN = 0.2
 """Seconds after which a reply that was cancelled ends here, whatever the device still computes."""
 _LOAD_SECONDS = 300
@@ -82,6 +85,8 @@ class _Process:
         except BaseException:
             self.end()
             raise
+        self.lookout = Lookout(options.workers if self.facts.info.gpu_layers else ())
+        self._stack.callback(self.lookout.end)
 
     def end(self) -> None:
         self._stack.close()
@@ -246,7 +251,7 @@ class SupervisedEngine:
                 yield value
 
     def _sign_of_life(self) -> tuple[Kind, Any]:
-        apart, patience = self._process.apart, self._patience
+        apart, lookout, patience = self._process.apart, self._process.lookout, self._patience
         began, stopped = time.monotonic(), None
         while True:
             try:
@@ -260,8 +265,11 @@ class SupervisedEngine:
                 stopped = (stopped or now) if self._cancelled else None
                 if stopped is not None and now - stopped > _STOPS_WITHIN:
                     raise
+                if now - began > _SILENCE:
+                    lookout.wake()
+                    if (away := lookout.lost()) is not None:
+                        raise Ended(f"worker {away} no longer answers") from None
                 if now - began > patience.seconds:
-                    apart.kill()
                     raise Ended(f"nothing came from it for {now - began:.0f} s") from None
 
     def _recovered(self, lost: Ended | GenerationError) -> Iterator[str]:
@@ -290,12 +298,17 @@ class SupervisedEngine:
             hint="`handmill doctor` looks for what is wrong with this machine.",
         ) from None
 
-    def _less(
-        self, lost: Exception, options: LoadOptions, layers: int | None
-    ) -> Iterator[tuple[LoadOptions, str]]:
+    def _less(self, lost: Exception, options: LoadOptions, layers: int | None) -> Iterator[tuple[LoadOptions, str]]:
         """What to load with in turn, and that in words: each has less than the one before, the last one the CPU."""
         if options.gpu_layers == 0:
             return
+        there = tuple(endpoint for endpoint in options.workers if is_alive(endpoint))
+        if there != options.workers:
+            away = ", ".join(set(options.workers) - set(there))
+            yield replace(options, workers=there), f"tried again without {away}"
+        elif there and not self._tried_again:  # it ended, and `handmill worker` has started it again
+            self._tried_again = True
+            yield options, "tried again"
         if layers and _is_full(lost):
             for count in fewer_layers(layers):
                 if count:
