@@ -58,8 +58,6 @@ def serve(lent: Lent) -> None:
     """
     chosen = _choose(lent.device)
     _check_free(lent.host, lent.port)
-    if all(device.kind == "cpu" for device in chosen):
-        _limit_addresses(lent.memory)
     for device in chosen:
         _report_what_is_lent(device, lent.memory)
     if lent.cache is not None:
@@ -67,6 +65,9 @@ def serve(lent: Lent) -> None:
         forget_what_is_cut(lent.cache)
         threading.Thread(target=keep_cache, args=[lent.cache, lent.cache_bytes], daemon=True).start()
     threading.Thread(target=_attend, args=[lent, chosen], daemon=True).start()
+    if all(device.kind == "cpu" for device in chosen):
+        _limit_addresses(lent.memory)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the server prints a line for each client
     _start_server(lent, chosen)
     raise LoadError(f"llama.cpp's RPC server does not start at {lent.host}:{lent.port}")
 

@@ -7,8 +7,7 @@ Ctrl-C ends it.
 from __future__ import annotations
 
 import argparse
-import ipaddress
-import socket
+import os
 import sys
 import time
 
@@ -50,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
         home() / "worker" if cache_bytes else None,
         cache_bytes,
     )
+    os.environ.setdefault("MALLOC_ARENA_MAX", "1")  # those of threads take addresses, and --memory counts these
     ends: list[float] = []
     while True:
         try:
@@ -68,6 +68,9 @@ def _say(line: object) -> None:
 
 def _address(listen: str, *, insecure: bool) -> tuple[str, int]:
     """An IPv4 address and a port that is free, if any was asked for. Raises UsageError."""
+    import ipaddress
+    import socket
+
     from runner.rpc import DEFAULT_PORT, parse_endpoint
 
     try:

@@ -1,0 +1,338 @@
+"""Lending devices: real workers on this machine, and real clients."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from models.errors import LoadError
+from models.isolated import isolation
+from runner import rpc
+from runner.cli import main as cli
+from runner.devices import Device, backends
+from runner.devices import devices as all_devices
+from runner.engine import local
+from runner.engine.protocol import LoadOptions, Message, Sampling
+from runner.engine.supervised import SupervisedEngine
+from runner.worker_cache import forget_what_is_cut, trim_cache
+from tests.test_isolated import is_alive
+
+pytestmark = pytest.mark.skipif("RPC" not in backends(), reason="this build has no RPC backend")
+
+MB = 1 << 20
+GREEDY = Sampling(temperature=0, max_tokens=30)
+MESSAGES = [Message("user", "Name three rivers.")]
+
+
+class Worker:
+    """A running `handmill worker`."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.said = self.line()
+        self.endpoint = self.said.rsplit(" ", 1)[1]
+
+    def line(self) -> str:
+        assert self.process.stderr is not None
+        return self.process.stderr.readline().strip()
+
+    def server(self) -> int:
+        """The process that serves."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return int(children[0])
+
+
+@contextmanager
+def worker(home: Path, *options: str) -> Iterator[Worker]:
+    command = [sys.executable, "-m", "runner.cli.main", "worker", "--listen", "127.0.0.1:0", "-j", "2", *options]
+    environment = {**os.environ, "HANDMILL_HOME": str(home)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield Worker(process)
+        finally:
+            process.terminate()
+            process.wait(10)
+
+
+def engine_on(model: Path, *endpoints: str, **more: object) -> SupervisedEngine:
+    options = LoadOptions(context=512, workers=endpoints, cache=0, repack=False, threads=2, **more)  # type: ignore[arg-type]
+    return SupervisedEngine(model, options)
+
+
+def reply(engine: SupervisedEngine | local.LocalEngine) -> str:
+    return "".join(chunk.text for chunk in engine.chat(MESSAGES, GREEDY))
+
+
+@pytest.fixture(scope="module")
+def expected(starter_model: Path) -> str:
+    with local.load(starter_model, LoadOptions(context=512, gpu_layers=0, cache=0, repack=False)) as engine:
+        return reply(engine)
+
+
+def test_what_is_lent_is_used_and_what_is_away_is_said(starter_model: Path, tmp_path: Path, expected: str) -> None:
+    with worker(tmp_path) as lent:
+        assert lent.said.startswith("lending CPU (")
+        with engine_on(starter_model, "127.0.0.1:1", lent.endpoint) as engine:
+            assert engine.info.gpu_layers == 31
+            assert engine.info.notes == ("worker 127.0.0.1:1 is away: Connection refused; it is left out",)
+            assert reply(engine) == expected
+        with engine_on(starter_model, "127.0.0.1:1") as engine:
+            assert (engine.info.gpu_layers, len(engine.info.notes)) == (0, 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_it_ends_with_all_that_belongs_to_it(number: signal.Signals, tmp_path: Path) -> None:
+    with worker(tmp_path) as lent:
+        server = lent.server()
+        lent.process.send_signal(number)
+        assert lent.process.wait(10) in (130, 143, -signal.SIGKILL)
+        for _ in range(500):
+            if not is_alive(server):
+                break
+            time.sleep(0.02)
+        assert not is_alive(server)
+        if number != signal.SIGKILL:
+            assert lent.line().startswith("handmill: stopped by ")
+
+
+def test_a_second_client_is_told_and_the_next_is_served(starter_model: Path, tmp_path: Path) -> None:
+    with worker(tmp_path) as lent:
+        with engine_on(starter_model, lent.endpoint) as first:
+            with pytest.raises(rpc.InUse, match="serves another client"):
+                rpc.greet(lent.endpoint)
+            with engine_on(starter_model, lent.endpoint) as second:
+                assert second.info.gpu_layers == 0
+                assert "serves another client; it is left out" in second.info.notes[0]
+            assert first.info.gpu_layers == 31
+            assert reply(first)
+        for _ in range(3):  # clients that come and go in quick succession are none that wait
+            assert rpc.greet(lent.endpoint) < rpc._SECONDS
+        with engine_on(starter_model, lent.endpoint) as third:
+            assert third.info.gpu_layers == 31
+
+
+def test_a_server_that_ends_is_started_again(starter_model: Path, tmp_path: Path, expected: str) -> None:
+    with worker(tmp_path) as lent, engine_on(starter_model, lent.endpoint) as engine:
+        chunks = engine.chat(MESSAGES, GREEDY)
+        said = "".join(next(chunks).text for _ in range(5))
+        os.kill(lent.server(), signal.SIGKILL)
+        rest = list(chunks)
+        assert said + "".join(chunk.text for chunk in rest) == expected
+        assert "its process ended (SIGKILL); it is started again" in lent.line()
+        assert lent.line() == lent.said
+        with engine_on(starter_model, lent.endpoint) as again:
+            assert again.info.gpu_layers == 31
+
+
+def test_a_worker_that_hangs_is_lost_and_one_that_pauses_is_not(
+    starter_model: Path, tmp_path: Path, expected: str
+) -> None:
+    with worker(tmp_path) as lent, engine_on(starter_model, lent.endpoint) as engine:
+        server = lent.server()
+        for _ in range(100):  # known as one that answers
+            if engine._process.lookout._answers:
+                break
+            time.sleep(0.05)
+        chunks = engine.chat(MESSAGES, GREEDY)
+        said = "".join(next(chunks).text for _ in range(3))
+        os.kill(server, signal.SIGSTOP)
+        timer = threading.Timer(2.0, os.kill, [server, signal.SIGCONT])
+        timer.start()
+        assert said + "".join(chunk.text for chunk in chunks) == expected
+        assert engine.info.gpu_layers == 31
+        chunks = engine.chat(MESSAGES, GREEDY)
+        said = "".join(next(chunks).text for _ in range(3))
+        os.kill(server, signal.SIGSTOP)
+        rest = list(chunks)
+        os.kill(server, signal.SIGCONT)
+        assert said + "".join(chunk.text for chunk in rest) == expected
+        assert any("no longer answers" in chunk.notice for chunk in rest)
+        assert engine.info.gpu_layers == 0
+
+
+def test_what_is_reported_as_free_is_what_is_lent(starter_model: Path, tmp_path: Path) -> None:
+    with worker(tmp_path, "--memory", "400M") as lent, isolation() as apart:
+        apart.call(rpc.add_server, lent.endpoint)
+        (device,) = [found for found in apart.call(devices_of) if found.backend == "RPC"]
+        assert 250 * MB < device.free <= 300 * MB  # a quarter is for a tensor that arrives
+        assert device.total == 400 * MB
+    with (
+        worker(tmp_path / "other", "--memory", "140M") as lent,
+        engine_on(starter_model, lent.endpoint, reserve=0) as engine,
+    ):
+        assert 0 < engine.info.gpu_layers < 31
+        assert "as many as fit" in engine.info.notes[-1]
+        assert reply(engine)
+
+
+def devices_of() -> list[Device]:
+    return all_devices()
+
+
+def test_more_than_is_lent_is_refused(starter_model: Path, tmp_path: Path, expected: str) -> None:
+    with (
+        worker(tmp_path, "--memory", "60M") as lent,
+        engine_on(starter_model, lent.endpoint, gpu_layers="all") as engine,
+    ):
+        assert engine.info.gpu_layers < 31
+        assert any("tried again" in note for note in engine.info.notes)
+        assert reply(engine) == expected
+
+
+class Counted:
+    """A door to a server that counts what goes in."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.sent = 0
+        self._target = rpc.parse_endpoint(endpoint)
+        self._door = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = f"127.0.0.1:{self._door.getsockname()[1]}"
+        self._accepting = threading.Thread(target=self._accept)
+        self._accepting.start()
+
+    def _accept(self) -> None:
+        serving = []
+        while True:
+            client, _ = self._door.accept()
+            if client.getpeername() == self._last:
+                client.close()
+                break
+            serving.append(threading.Thread(target=self._serve, args=[client]))
+            serving[-1].start()
+        for thread in serving:
+            thread.join()
+
+    def _serve(self, client: socket.socket) -> None:
+        with client, socket.create_connection(self._target) as server:
+            back = threading.Thread(target=self._pump, args=[server, client, False])
+            back.start()
+            self._pump(client, server, True)
+            back.join()
+
+    def _pump(self, source: socket.socket, to: socket.socket, counted: bool) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                self.sent += len(data) if counted else 0
+                to.sendall(data)
+            to.shutdown(socket.SHUT_WR)
+
+    _last: object = None
+
+    def close(self) -> None:
+        with socket.socket() as knock:
+            knock.bind(("127.0.0.1", 0))
+            self._last = knock.getsockname()
+            knock.connect(self._door.getsockname())
+            self._accepting.join()
+        self._door.close()
+
+
+def test_what_was_sent_once_is_not_sent_again(starter_model: Path, tmp_path: Path) -> None:
+    """llama.cpp's cache takes tensors of more than 10 MiB: of this model the embedding, 28 MiB."""
+    sent = []
+    with worker(tmp_path) as lent:
+        door = Counted(lent.endpoint)
+        for _ in range(2):
+            before = door.sent
+            with engine_on(starter_model, door.endpoint) as engine:
+                assert engine.info.gpu_layers == 31
+                assert reply(engine)
+            sent.append(door.sent - before)
+        door.close()
+    cached = sum(file.stat().st_size for file in (tmp_path / "worker").iterdir() if file.name != "index.json")
+    assert cached > 20 * MB
+    assert sent[0] - sent[1] == pytest.approx(cached, rel=0.01)
+
+
+def test_the_cache_keeps_within_its_size_and_holds_whole_files(tmp_path: Path) -> None:
+    now = time.time()
+    for index, age in enumerate((100, 300, 200, 1)):
+        file = tmp_path / f"{index:016x}"
+        file.write_bytes(bytes(1000))
+        os.utime(file, (now - age, now - age))
+    (tmp_path / "notes.txt").write_text("not ours")
+    trim_cache(tmp_path, 3500, now)
+    assert not (tmp_path / f"{1:016x}").exists()
+    (tmp_path / f"{2:016x}").write_bytes(bytes(500))  # cut off by the end of a process
+    forget_what_is_cut(tmp_path)
+    # the last one was written to just before: nobody knows whether it is whole
+    assert sorted(file.name for file in tmp_path.iterdir()) == [f"{0:016x}", "index.json", "notes.txt"]
+    trim_cache(tmp_path, 0, now)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["index.json", "notes.txt"]
+
+
+def test_a_port_that_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with worker(tmp_path) as lent:
+        assert cli.main(["worker", "--listen", lent.endpoint]) == 2
+        said = capsys.readouterr().err
+        assert f"nothing can listen at {lent.endpoint}: Address already in use" in said
+        assert "--listen" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--listen", "0.0.0.0:50999"], "ssh -N -L 50999:127.0.0.1:50999"),
+        (["--listen", "::1:50999"], "is no HOST:PORT"),
+        (["--listen", "127.0.0.1:99999"], "is no HOST:PORT"),
+        (["--listen", "no.such.host.invalid:1"], "is no address of this machine"),
+        (["--listen", "127.0.0.1:0", "--device", "CUDA7\x1b[2J"], "there is no device 'CUDA7"),
+    ],
+)
+def test_what_cannot_be_lent(options: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["worker", *options]) == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert "\x1b" not in said
+
+
+def test_listening_wider_is_warned_of(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "runner.cli.main", "worker", "--listen", "0.0.0.0:0", "--insecure"]
+    environment = {**os.environ, "HANDMILL_HOME": str(tmp_path)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        lines = [process.stderr.readline() for _ in range(3)]
+        process.terminate()
+    assert "no authentication" in lines[0]
+    assert "ssh -N -L" in lines[1]
+    assert lines[2].startswith("lending ")
+
+
+def test_another_version_or_none_is_named() -> None:
+    answers = [
+        (b"\x1c" + bytes(7) + bytes([9, 0, 0]) + bytes(25), "speaks version 9 of llama.cpp's protocol, and this is 7"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "is no worker"),
+        (b"", "is no worker"),
+        (rpc.BUSY, "serves another client"),
+    ]
+    for answer, says in answers:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+
+            def answer_once(server: socket.socket = server, answer: bytes = answer) -> None:
+                client, _ = server.accept()
+                with client:
+                    client.recv(64)
+                    client.sendall(answer)
+
+            thread = threading.Thread(target=answer_once)
+            thread.start()
+            with pytest.raises(LoadError, match=says):
+                rpc.greet(f"127.0.0.1:{server.getsockname()[1]}")
+            thread.join()
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(LoadError, match="does not answer"):
+        rpc.greet(f"127.0.0.1:{silent.getsockname()[1]}", 0.2)
+
+
+def test_the_protocol_is_that_of_the_library(tmp_path: Path) -> None:
+    with worker(tmp_path) as lent:
+        assert rpc.greet(lent.endpoint) < rpc._SECONDS
