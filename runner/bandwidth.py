@@ -18,6 +18,8 @@ from runner import devices
 
 _BYTES = 256 << 20
 """More than any cache holds."""
+_SENT = 2 << 20
+"""Over a network: a fifth of a second where that brings ten megabytes a second."""
 _ROUNDS, _MOST_ROUNDS = 4, 50
 _SECONDS = 0.3
 """Further rounds are made within it: another program may get in the way of some."""
@@ -51,6 +53,15 @@ class DeviceSpeed:
 
     bytes_per_second: float
     seconds_per_call: float
+    link_bytes_per_second: float | None = None
+    """Of a device of another machine: how fast it is sent something."""
+
+    def seconds_for(self, weights: float, sent: float = 0.0) -> float:
+        """For a token that reads so many bytes of weights there, and that many cross a network for."""
+        return weights / self.bytes_per_second + self.link_seconds(sent)
+
+    def link_seconds(self, sent: float) -> float:
+        return self.seconds_per_call + (sent / self.link_bytes_per_second if self.link_bytes_per_second else 0.0)
 
 
 def device_speed(device: str, tensor_type: str = "F16", threads: int | None = None) -> DeviceSpeed:
@@ -66,7 +77,34 @@ def device_speed(device: str, tensor_type: str = "F16", threads: int | None = No
     count = max(1, _BYTES // matrix)
     call = _multiply_seconds(device, number, 1, block, threads)
     whole = _multiply_seconds(device, number, count, _WIDTH, threads)
-    return DeviceSpeed(count * matrix / max(whole - call, whole / 2), call)
+    link = _link_speed(device) if devices.is_elsewhere(device) else None
+    return DeviceSpeed(count * matrix / max(whole - call, whole / 2), call, link)
+
+
+def _link_speed(device: str) -> float:
+    """Bytes per second that reach a device of another machine, the best of some rounds."""
+    base, pointer = _base(), devices.pointer_of(device)
+    context = base.ggml_init(_InitParams(4 * 1024, None, True))
+    backend = base.ggml_backend_dev_init(pointer, None)
+    buffer = None
+    try:
+        tensor = base.ggml_new_tensor_2d(context, 0, _SENT // 4, 1)
+        buffer = base.ggml_backend_alloc_ctx_tensors(context, backend)
+        if not buffer:
+            raise LoadError(f"{device} has no {human_bytes(_SENT)} free to measure with", device=device)
+        data, best, a_number = np.ones(_SENT, np.uint8), float("inf"), ctypes.c_float()
+        for _ in range(_ROUNDS):
+            began = time.perf_counter()
+            base.ggml_backend_tensor_set(tensor, data.ctypes.data, 0, _SENT)
+            base.ggml_backend_tensor_get(tensor, ctypes.byref(a_number), 0, 4)  # sent behind it, so it has arrived
+            best = min(best, time.perf_counter() - began)
+        return _SENT / best
+    finally:
+        if buffer:
+            base.ggml_backend_buffer_free(buffer)
+        if backend:
+            base.ggml_backend_free(backend)
+        base.ggml_free(context)
 
 
 def _multiply_seconds(device: str, number: int, count: int, rows: int, threads: int | None) -> float:
@@ -141,6 +179,7 @@ def _base() -> ctypes.CDLL:
         "ggml_backend_buffer_clear": (None, p, ctypes.c_uint8),
         "ggml_backend_graph_compute": (i, p, p),
         "ggml_backend_tensor_get": (None, p, p, ctypes.c_size_t, ctypes.c_size_t),
+        "ggml_backend_tensor_set": (None, p, p, ctypes.c_size_t, ctypes.c_size_t),
         "ggml_backend_buffer_free": (None, p),
         "ggml_backend_free": (None, p),
     }

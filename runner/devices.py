@@ -94,6 +94,13 @@ def pointer_of(name: str) -> int:
     raise LoadError(f"there is no device {name} any more", device=name)
 
 
+def is_elsewhere(name: str) -> bool:
+    """Whether the device called `name` is another machine's. Raises LoadError."""
+    base = ggml_base()
+    registry = base.ggml_backend_dev_backend_reg(pointer_of(name))
+    return bool(base.ggml_backend_reg_name(registry) == b"RPC")
+
+
 def cpu_buffer_type() -> int:
     """The `ggml_backend_buffer_type_t` of plain CPU memory."""
     base, pointer = ggml_base(), ggml().ggml_backend_dev_by_type(0)

@@ -5,12 +5,12 @@ A finding carries the command that mends it on that very system.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from models.text import human_bytes
-from runner import devices
+from runner import devices, rpc
 from runner.devices import GPU_BACKENDS
 from runner.system import System
 
@@ -39,6 +39,12 @@ def examine(system: System) -> list[Finding]:
     """All findings, what is badly wrong first."""
     found = [finding for probe in PROBES if (finding := probe(system))]
     return sorted(found, key=lambda finding: finding.severity != "error")
+
+
+def examine_workers(endpoints: Iterable[str]) -> list[Finding]:
+    """Of `handmill worker`s that are to be used, those that cannot be."""
+    _, left_out = rpc.reachable(endpoints)
+    return [Finding("worker", "warning", message) for message in left_out]
 
 
 def rebuild_command(system: System, *flags: str) -> str:

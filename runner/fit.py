@@ -14,7 +14,7 @@ from runner.devices import Device
 from runner.engine.loading import choose_context, choose_window, spare_memory, wish_of
 from runner.engine.protocol import LoadOptions
 from runner.engine.threads import default_threads
-from runner.placement import CPU, Buffers, Placement, bytes_per_token
+from runner.placement import CPU, Buffers, Placement, bytes_per_token, bytes_sent
 from runner.placing import Wish
 from runner.planner import Planner
 
@@ -32,6 +32,15 @@ class DevicePlan:
     read: float
     speed: DeviceSpeed | None
     """None where it could not be measured."""
+    sent: int = 0
+    """Bytes that cross a network for a token."""
+
+    @property
+    def link_seconds(self) -> float | None:
+        """What the way to another machine costs for each token; None where there is none, or it is not known."""
+        if self.speed is None or not self.speed.link_bytes_per_second:
+            return None
+        return self.speed.link_seconds(self.sent)
 
 
 @dataclass(frozen=True)
@@ -68,15 +77,15 @@ class Fit:
             if read := plan.read + filled * plan.buffers.kv:
                 if plan.speed is None:
                     return None
-                seconds += read / plan.speed.bytes_per_second + plan.speed.seconds_per_call
+                seconds += plan.speed.seconds_for(read, plan.sent)
         return 1 / seconds if seconds else None
 
 
 class Fitter:
     """Plans models, and measures a device once for each type of weights."""
 
-    def __init__(self, asked: Planner) -> None:
-        self._asked = asked
+    def __init__(self, asked: Planner, notes: Sequence[str] = ()) -> None:
+        self._asked, self._notes = asked, notes
         self._devices = asked.devices()
         self._speeds: dict[tuple[str, str, int], DeviceSpeed | None] = {}
 
@@ -87,10 +96,11 @@ class Fitter:
         UsageError.
         """
         available = devices.offload_devices(self._devices) if options.gpu_layers != 0 else []
-        n_ctx, notes = choose_context(gguf, options, offload=bool(available))
+        n_ctx, chosen = choose_context(gguf, options, offload=bool(available))
+        notes = [*self._notes, *chosen]
         wish = wish_of(n_ctx, options)
         placed = self._asked.place(gguf, available, wish, repack=options.repack)
-        if not available and options.gpu_layers != 0:
+        if not available and options.gpu_layers != 0 and not options.workers:
             notes.append(devices.why_no_gpu())
         if not placed.gpu_layers:
             placed = self._with_whole_window(gguf, placed, options, notes)
@@ -104,7 +114,9 @@ class Fitter:
             if device.name == CPU:
                 layers = placed.n_layers - placed.gpu_layers
             speed = self._speed(device.name, kind, threads) if buffers.weights else None
-            plans.append(DevicePlan(device, layers, buffers, read.get(device.name, 0.0), speed))
+            last = device.name == next((name for name, count in reversed(placed.split.layers) if count), None)
+            sent = bytes_sent(gguf, last=last) if device.backend == "RPC" and layers else 0
+            plans.append(DevicePlan(device, layers, buffers, read.get(device.name, 0.0), speed, sent))
         found = Fit(gguf, placed, tuple(plans), (*notes, *placed.notes), ())
         return replace(found, advice=self._advice(found, available, wish, types or {}))
 

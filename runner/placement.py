@@ -219,6 +219,16 @@ def reckoned(layers: Layers, split: Split, kv: Sequence[float]) -> dict[str, int
     return found
 
 
+def bytes_sent(gguf: GgufFile, *, last: bool) -> int:
+    """Bytes that one token takes to another machine and back: the hidden state, or after the `last` layer the logits.
+
+    Both are in F32.
+    """
+    width = gguf.integer(f"{gguf.architecture}.embedding_length") or 0
+    rows = next((tensor.shape[-1] for tensor in gguf.tensors if tensor.name == "token_embd.weight"), 0)
+    return 4 * (width + (rows if last else width))
+
+
 def bytes_per_token(gguf: GgufFile, split: Split) -> dict[str, float]:
     """Bytes of weights that each device reads for one token: of experts those that are chosen, of an embedding a row.
 

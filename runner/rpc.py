@@ -97,6 +97,14 @@ def parse_endpoint(text: str, default_port: int | None = None) -> tuple[str, int
 
 def add_workers(endpoints: Iterable[str]) -> list[str]:
     """Make the devices of these servers known to llama.cpp, the nearest first; a line on each that is left out."""
+    there, notes = reachable(endpoints)
+    for endpoint in there:
+        add_server(endpoint)
+    return notes
+
+
+def reachable(endpoints: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Those of the servers that answer, the nearest first; a line on each of the others."""
     near, notes = [], []
     for endpoint in dict.fromkeys(endpoints):
         try:
@@ -104,9 +112,7 @@ def add_workers(endpoints: Iterable[str]) -> list[str]:
             near.append((taken if taken > _SAME_PLACE else 0.0, endpoint))
         except LoadError as error:
             notes.append(f"{error}; it is left out")
-    for _, endpoint in sorted(near, key=lambda entry: entry[0]):
-        add_server(endpoint)
-    return notes
+    return [endpoint for _, endpoint in sorted(near, key=lambda entry: entry[0])], notes
 
 
 def add_server(endpoint: str) -> None:

@@ -21,7 +21,7 @@ from runner.cli import main as cli
 from runner.devices import Device, backends
 from runner.engine.protocol import LoadOptions
 from runner.fit import Fitter, summary
-from runner.placement import CPU, Buffers, Placement, Settings, Split, read_layers
+from runner.placement import CPU, Buffers, Placement, Settings, Split, bytes_sent, read_layers
 from runner.placing import Wish
 from runner.planner import planner
 from tests.checkpoints import tiny_checkpoint, write_tiny_tokenizer
@@ -41,7 +41,7 @@ def test_json_has_the_documented_fields(starter_model: Path, capsys: pytest.Capt
     assert (found["gpu_layers"], found["n_layers"], found["context"], found["kv_type"]) == (0, 31, 1024, "f16")
     assert found["fits"] is True
     cpu = next(device for device in found["devices"] if device["name"] == "CPU")
-    assert set(cpu) == {"name", "layers", "weights", "kv", "compute", "free"}
+    assert set(cpu) == {"name", "layers", "weights", "kv", "compute", "free", "link_seconds"}
     assert cpu["weights"] == sum(tensor.nbytes for tensor in read_gguf(starter_model).tensors)
     assert cpu["kv"] == 1024 * 30 * 2 * 2 * 192
     assert found["tokens_per_second"] > found["tokens_per_second_full"] > 0
@@ -274,3 +274,13 @@ def test_plans_for_machines_that_are_not_there(tmp_path: Path) -> None:
             got = plan.gpu_layers, plan.n_layers, bool(plan.split.on_cpu)
             assert got == (layers, of, in_part), (name, sizes, str(plan))
             assert all(plan.buffers[device.name].total <= device.free for device in machine)
+
+
+def test_what_crosses_a_network_costs_time(five_layers: Path) -> None:
+    """A hidden state there and back, or after the last layer the logits."""
+    gguf = read_gguf(five_layers)
+    assert bytes_sent(gguf, last=False) == 4 * (1024 + 1024)
+    rows = next(tensor.shape[-1] for tensor in gguf.tensors if tensor.name == "token_embd.weight")
+    assert bytes_sent(gguf, last=True) == 4 * (1024 + rows)
+    assert DeviceSpeed(100.0, 0.5, link_bytes_per_second=10.0).seconds_for(200.0, 30.0) == 2.0 + 0.5 + 3.0
+    assert DeviceSpeed(100.0, 0.5).seconds_for(200.0, 30.0) == 2.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -129,7 +130,7 @@ def test_a_server_that_ends_is_started_again(starter_model: Path, tmp_path: Path
         rest = list(chunks)
         assert said + "".join(chunk.text for chunk in rest) == expected
         assert "its process ended (SIGKILL); it is started again" in lent.line()
-        assert lent.line() == lent.said
+        assert lent.line().endswith(f" at {lent.endpoint}")
         with engine_on(starter_model, lent.endpoint) as again:
             assert again.info.gpu_layers == 31
 
@@ -336,3 +337,24 @@ def test_another_version_or_none_is_named() -> None:
 def test_the_protocol_is_that_of_the_library(tmp_path: Path) -> None:
     with worker(tmp_path) as lent:
         assert rpc.greet(lent.endpoint) < rpc._SECONDS
+
+
+def test_fit_shows_what_the_way_costs_and_doctor_who_is_away(
+    starter_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with worker(tmp_path) as lent:
+        used = ["--worker", lent.endpoint, "--worker", "127.0.0.1:1"]
+        assert cli.main(["fit", str(starter_model), "--json", *used]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert cli.main(["fit", str(starter_model), *used]) == 0
+        table = capsys.readouterr().out
+    assert found["gpu_layers"] == 31
+    assert found["notes"] == ["worker 127.0.0.1:1 is away: Connection refused; it is left out"]
+    far, near = found["devices"]
+    assert (far["name"], near["name"], near["link_seconds"]) == ("RPC0", "CPU", None)
+    assert 0 < far["link_seconds"] < 1
+    assert found["tokens_per_second"] < 1 / far["link_seconds"]
+    assert " ms a token" in table
+    cli.main(["doctor", "--json", "--worker", "127.0.0.1:1"])
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    assert any(finding["probe"] == "worker" and "away" in finding["message"] for finding in findings)

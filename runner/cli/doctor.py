@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from models.text import human_bytes, printable
 from runner.chat.render import json_line
+from runner.cli.options import add_worker_option
 
 if TYPE_CHECKING:
     from runner.doctor import Finding
@@ -24,11 +25,12 @@ ORDER = 80
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print a JSON object")
+    add_worker_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     from runner.bandwidth import memory_bandwidth
-    from runner.doctor import examine
+    from runner.doctor import examine, examine_workers
     from runner.system import gather
 
     system = gather()
@@ -36,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         bandwidth = memory_bandwidth(system.threads)
     except MemoryError:  # that is a finding of its own
         bandwidth = None
-    findings = examine(system)
+    findings = [*examine(system), *examine_workers(args.worker)]
     if args.json:
         print(json_line({"system": _facts(system, bandwidth), "findings": [vars(finding) for finding in findings]}))
     else:

@@ -7,7 +7,8 @@ fits, the fastest first.
 
 --json prints an object for each model: name, path, bytes, fits, gpu_layers, n_layers, context, kv_type,
 tokens_per_second (null where it is not known), tokens_per_second_full (with the context full), reason, notes, advice,
-and devices: name, layers, weights, kv, compute and free, in bytes.
+and devices: name, layers, weights, kv, compute and free, in bytes, and link_seconds, what the way to another machine
+costs for each token (null where there is none).
 """
 
 from __future__ import annotations
@@ -46,16 +47,19 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--all is for the whole library, and a model is named")
     from models import native
     from models.gguf_parts import check_model_file
+    from runner import rpc
     from runner.fit import Fitter
     from runner.planner import planner
 
     native.set_verbose(args.verbose)
+    workers, left_out = rpc.reachable(args.worker)
+    endpoints = [*rpc.endpoints(), *workers]
     if args.all:
-        with planner() as asked:
-            _print_ranking(_ranked(args, Fitter(asked)), as_json=args.json)
+        with planner(endpoints) as asked:
+            _print_ranking(_ranked(args, Fitter(asked, left_out)), as_json=args.json)
         return 0
-    with resolved_header(args.model) as path, planner() as asked:
-        found = Fitter(asked).fit(check_model_file(path), load_options(args), _types())
+    with resolved_header(args.model) as path, planner(endpoints) as asked:
+        found = Fitter(asked, left_out).fit(check_model_file(path), load_options(args), _types())
         if args.json:
             print(json_line(report(found)))
         else:
@@ -90,6 +94,7 @@ def report(found: Fit) -> dict[str, object]:
                 "kv": plan.buffers.kv,
                 "compute": plan.buffers.compute,
                 "free": plan.device.free,
+                "link_seconds": None if plan.link_seconds is None else round(plan.link_seconds, 6),
             }
             for plan in found.devices
         ],
@@ -163,7 +168,8 @@ def _print_table(plans: Sequence[DevicePlan]) -> None:
         sizes = (plan.buffers.weights, plan.buffers.kv, plan.buffers.compute, plan.device.free)
         columns = " ".join(f"{human_bytes(size):>8}" for size in sizes)
         speed = "" if plan.speed is None else f"  {human_bytes(plan.speed.bytes_per_second)}/s"
-        print(f"{printable(plan.device.name):<8} {plan.layers:>6} {columns}{speed}")
+        link = "" if plan.link_seconds is None else f", link {1000 * plan.link_seconds:.2g} ms a token"
+        print(f"{printable(plan.device.name):<8} {plan.layers:>6} {columns}{speed}{link}")
     print("\n█ weights  ▓ KV cache  ▒ compute  · free")
     for plan in plans:
         print(f"{printable(plan.device.name):<8} {_bar(plan)}")

@@ -62,14 +62,7 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-j", "--threads", type=integer(1), metavar="N", help="threads to compute with (default: physical cores)"
     )
-    group.add_argument(
-        "--worker",
-        type=worker,
-        action="append",
-        default=[],
-        metavar="HOST:PORT",
-        help="use the devices that `handmill worker` lends there, too; may be repeated",
-    )
+    add_worker_option(group)
     group.add_argument(
         "--kv-type",
         type=kv_types,
@@ -92,6 +85,17 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no-speculate", action="store_true", help="never guess tokens from the context")
     group.add_argument(
         "--parse-special", action="store_true", help="let special tokens in what you type be special (unsafe)"
+    )
+
+
+def add_worker_option(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--worker",
+        type=worker,
+        action="append",
+        default=[],
+        metavar="HOST:PORT",
+        help="use the devices that `handmill worker` lends there, too; may be repeated",
     )
 
 
@@ -122,7 +126,7 @@ def with_defaults(parser: argparse.ArgumentParser) -> None:
     shared = argparse.ArgumentParser(add_help=False)
     add_load_options(shared)
     add_sampling_options(shared)
-    if "--gpu-layers" in parser._option_string_actions:
+    if "--worker" in parser._option_string_actions:
         config.apply(parser, shared)
 
 
