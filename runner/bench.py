@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from models.gguf_file import GgufFile
 from runner import placement
 from runner.engine.context import Context
-from runner.engine.context_params import BATCH
 from runner.engine.snapshots import Snapshot
 
 
@@ -42,7 +41,7 @@ def measure(
         return [source.randrange(context.n_vocab) for _ in range(n)]
 
     # The first computation touches memory that the later ones find ready: llama-bench does not count it either.
-    _prefill(context, 0, None, tokens(min(BATCH, context.n_ctx)))
+    _prefill(context, 0, None, tokens(min(context.batch, max(prompt, 1), context.n_ctx)))
     _generate(context, 0, None, tokens(1))
     for depth in depths:
         context.clear()

@@ -75,10 +75,11 @@ class Split:
 
 @dataclass(frozen=True)
 class Settings:
-    """What else decides how many bytes are needed: tokens of context, and K and V of the cache."""
+    """What else decides how many bytes are needed: tokens of context, K and V of the cache, tokens at once."""
 
     n_ctx: int
     kv_types: tuple[str, str] = DEFAULT_KV_TYPES
+    batch: int = 512
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class Planner:
     ) -> Mapping[str, Buffers]:
         """Bytes on each device. Raises LoadError."""
         k, v = (KV_TYPES[kind][0] for kind in settings.kv_types)
-        options = ContextOptions(settings.n_ctx, 1, 1, type_k=k, type_v=v, whole_window=whole_window)
+        options = ContextOptions(settings.n_ctx, 1, 1, settings.batch, type_k=k, type_v=v, whole_window=whole_window)
         return self._asked(account, path, split, options, repack)
 
     def place(self, gguf: GgufFile, available: Sequence[Device], wish: Wish, *, repack: bool = True) -> Placement:

@@ -83,8 +83,6 @@ def _print_head(engine: LoadedEngine, bandwidth: float | None) -> None:
 
 
 def _print(speed: Speed, share: float | None, engine: LoadedEngine, *, as_json: bool) -> None:
-    from runner.engine.context_params import BATCH
-
     if not as_json:
         of_memory = "" if share is None else f"{share:.0%}"
         print(
@@ -96,7 +94,7 @@ def _print(speed: Speed, share: float | None, engine: LoadedEngine, *, as_json: 
         "test": speed.test,
         "depth": speed.depth,
         "threads": engine.info.threads,
-        "batch": BATCH,
+        "batch": engine.info.batch,
         "tokens_per_second": round(speed.tokens_per_second, 3),
         "spread": round(speed.spread, 4),
         "gpu_layers": engine.info.gpu_layers,

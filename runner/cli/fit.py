@@ -3,7 +3,8 @@
 The bytes are llama.cpp's own reckoning. Tokens per second are the most that the memory of each device allows, measured
 now: what a token reads there, over how fast weights of that type are read. A model on the hub (owner/name[:TYPE]) is
 planned from the first bytes of its files, a checkpoint as what it would be converted to. --all ranks the library: what
-fits, the fastest first.
+fits, the fastest first. --tune runs the model for some seconds with other numbers of layers on the GPU, of threads and
+of tokens at once, and without flash attention; what is fastest is used from then on, where the options leave it open.
 
 --json prints an object for each model: name, path, bytes, fits, gpu_layers, n_layers, context, kv_type,
 tokens_per_second (null where it is not known), tokens_per_second_full (with the context full), reason, notes, advice,
@@ -24,7 +25,7 @@ from models.errors import HandmillError, UsageError
 from models.text import human_bytes, printable
 from runner.chat.render import json_line
 from runner.cli.options import add_load_options, add_output_options, load_options
-from runner.cli.resolve import resolved_header
+from runner.cli.resolve import resolve_model, resolved_header
 
 if TYPE_CHECKING:
     from runner.fit import DevicePlan, Fit, Fitter
@@ -38,6 +39,7 @@ _COMMON_TYPES = re.compile(r"Q8_0|Q\d_K(_[SML])?|IQ4_XS|IQ3_[SM]")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a model, here or on the hub (default: last used)")
     parser.add_argument("--all", action="store_true", help="every model of the library, what fits best first")
+    parser.add_argument("--tune", action="store_true", help="run it with other settings, and keep what is fastest")
     add_load_options(parser)
     add_output_options(parser)
 
@@ -45,11 +47,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.all and args.model is not None:
         raise UsageError("--all is for the whole library, and a model is named")
+    if args.all and args.tune:
+        raise UsageError("--tune is for one model")
     from models import native
     from models.gguf_parts import check_model_file
     from runner import rpc
     from runner.fit import Fitter
     from runner.planner import planner
+    from runner.tuning import with_tuned
 
     native.set_verbose(args.verbose)
     workers, left_out = rpc.reachable(args.worker)
@@ -58,13 +63,27 @@ def run(args: argparse.Namespace) -> int:
         with planner(endpoints) as asked:
             _print_ranking(_ranked(args, Fitter(asked, left_out)), as_json=args.json)
         return 0
+    if args.tune:
+        _tune(args)
     with resolved_header(args.model) as path, planner(endpoints) as asked:
-        found = Fitter(asked, left_out).fit(check_model_file(path), load_options(args), _types())
+        options = with_tuned(path, load_options(args))
+        found = Fitter(asked, left_out).fit(check_model_file(path), options, _types())
         if args.json:
             print(json_line(report(found)))
         else:
             _print(found)
     return 0
+
+
+def _tune(args: argparse.Namespace) -> None:
+    from runner.engine.start import load_as_told
+    from runner.tuning import tune
+
+    def say(line: str) -> None:
+        if not args.quiet:
+            print(f"tuning: {line}", file=sys.stderr, flush=True)
+
+    tune(resolve_model(args.model, quiet=args.quiet), load_options(args), load_as_told, say)
 
 
 def report(found: Fit) -> dict[str, object]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from models import native
 from models.errors import GenerationError, LoadError
-from runner.engine.context_params import BATCH, MOST_OUTPUTS, ContextOptions, context_params
+from runner.engine.context_params import MOST_OUTPUTS, ContextOptions, context_params
 from runner.engine.signals import aborting
 from runner.engine.snapshots import Checkpoint, Snapshot, State
 from runner.engine.text_stream import shared_prefix
@@ -65,7 +65,7 @@ class Context:
         self._lib = lib
         self.held: list[int] = []
         self.follower: Follower | None = None
-        self.threads = options.threads
+        self.threads, self.batch = options.threads, options.batch
         self._checkpoints: list[Checkpoint] = []
         self._rows: dict[int, NDArray[np.float32]] = {}
         # A C function over a flag byte: strlen is 0 until the first byte is set. No Python runs in the callback,
@@ -281,7 +281,7 @@ class Context:
                 while position < stop:
                     if self._stop:
                         raise Cancelled
-                    step = min(BATCH, stop - position)
+                    step = min(self.batch, stop - position)
                     self._decode(tokens[position - begin : position - begin + step])
                     position += step
                 if stop in stops:

@@ -20,7 +20,7 @@ from runner import devices, placement, rpc
 from runner.devices import Device
 from runner.engine.adapters import apply_adapters
 from runner.engine.context import Context
-from runner.engine.context_params import ContextOptions
+from runner.engine.context_params import BATCH, ContextOptions
 from runner.engine.draft_model import DraftModel
 from runner.engine.lookup import Lookup
 from runner.engine.memory import available_memory
@@ -94,7 +94,9 @@ def load_file(path: Path, options: LoadOptions, progress: LoadProgress | None) -
     settings = ContextOptions(
         n_ctx=n_ctx,
         threads=threads,
-        batch_threads=threads,
+        batch_threads=options.batch_threads or threads,
+        batch=plan.settings.batch,
+        flash_attention=options.flash_attention,
         type_k=placement.KV_TYPES[kv_types[0]][0],
         type_v=placement.KV_TYPES[kv_types[1]][0],
         whole_window=whole_window,
@@ -147,7 +149,7 @@ def wish_of(n_ctx: int, options: LoadOptions) -> Wish:
     """What `options` ask of a placement, with a context of `n_ctx` tokens."""
     beside = [path for path, _ in options.loras] + ([options.draft] if options.draft else [])
     return Wish(
-        Settings(n_ctx, DEFAULT_KV_TYPES if options.kv_types == "auto" else options.kv_types),
+        Settings(n_ctx, DEFAULT_KV_TYPES if options.kv_types == "auto" else options.kv_types, options.batch or BATCH),
         options.gpu_layers,
         vram=options.vram,
         reserve=options.reserve,

@@ -84,6 +84,7 @@ class LocalEngine:
             device=loaded.device,
             load_seconds=loaded.seconds,
             threads=loaded.context.threads,
+            batch=loaded.context.batch,
             notes=loaded.notes,
         )
 

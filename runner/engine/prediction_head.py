@@ -20,7 +20,7 @@ from models import native
 from models.errors import LoadError
 from models.gguf_file import GgufFile
 from runner.engine.context import Context, fill_batch
-from runner.engine.context_params import BATCH, ContextOptions, context_params
+from runner.engine.context_params import ContextOptions, context_params
 from runner.engine.draft_model import PRIORS, guess_on
 from runner.engine.speculation import Draft
 
@@ -68,8 +68,8 @@ class PredictionHead:
         if not self._context:
             raise LoadError(f"llama.cpp cannot use the model's own head: {'; '.join(log.problems())}")
         self._memory = lib.llama_get_memory(self._context)
-        self._batch = lib.llama_batch_init(BATCH, 0, 1)
-        self._given = np.zeros((BATCH, self._width), np.float32)
+        self._batch = lib.llama_batch_init(options.batch, 0, 1)
+        self._given = np.zeros((options.batch, self._width), np.float32)
         self._batch.embd = self._given.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         set_output(target.pointer, True, False)  # of every token
         set_output(self._context, True, True)  # of the one that has logits

@@ -147,6 +147,8 @@ class ModelInfo:
     device: str
     load_seconds: float
     threads: int = 1
+    batch: int = 512
+    """Tokens of a prompt that are computed at once."""
     notes: tuple[str, ...] = ()
     """One line each: why no GPU is used, what was tried again with less, what the template cannot protect."""
 
@@ -224,6 +226,11 @@ class LoadOptions:
     """Tokens. None: as many as the model knows and memory holds; "auto": fewer, too, if then more fits a GPU."""
     gpu_layers: int | Literal["auto", "all"] = "auto"
     threads: int | None = None
+    batch_threads: int | None = None
+    """Threads for prompts. None: as `threads`."""
+    batch: int | None = None
+    """Tokens of a prompt that are computed at once."""
+    flash_attention: bool | None = None
     vram: int | None = None
     """Bytes of each GPU that may be used at most."""
     reserve: int | None = None

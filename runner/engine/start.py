@@ -15,8 +15,18 @@ _HARMLESS = ("base", "cpu", "blas", "rpc")
 
 
 def load(path: Path, options: LoadOptions | None = None, progress: LoadProgress | None = None) -> LoadedEngine:
-    """Load a GGUF file. Raises ModelFileError, LoadError, UsageError."""
+    """Load a GGUF file, with what tuning has found for what `options` leave open.
+
+    Raises ModelFileError, LoadError, UsageError.
+    """
+    from runner.tuning import with_tuned
+
     options = options or LoadOptions()
+    return load_as_told(path, with_tuned(path, options) if path.is_file() else options, progress)
+
+
+def load_as_told(path: Path, options: LoadOptions, progress: LoadProgress | None = None) -> LoadedEngine:
+    """Load a GGUF file with these options. Raises ModelFileError, LoadError, UsageError."""
     if options.gpu_layers != 0 and (options.workers or has_gpu_backend()):
         from runner.engine.supervised import SupervisedEngine
 
