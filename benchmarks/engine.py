@@ -1,6 +1,6 @@
 """What the engine costs beside llama.cpp's own tools, in turns, in one run, with the starter model or another.
 
-    python -m benchmarks.engine [--case speed|first|draft|restore|apart] [--rounds N] [--model FILE]
+    python -m benchmarks.engine [--case speed|first|draft|restore|apart] [--rounds N] [--model FILE] [-g N]
 
 `speed`: `handmill bench` beside llama-bench: 512 tokens of prompt, 128 generated. `first`: from the start of the
 process to the first byte of the reply, beside llama-completion with the very same prompt. `draft`: a page of code
@@ -45,11 +45,12 @@ def main() -> int:
     parser.add_argument("--case", choices=list(_CASES), action="append", help="default: all")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--model", type=Path)
+    parser.add_argument("-g", "--gpu-layers", default="0", help="of `speed`: layers on the GPU in both tools (0)")
     args = parser.parse_args()
     model = args.model or fetch_starter()
     for case in args.case or _CASES:
         print(f"{case}, {model.name}, {default_threads()} threads, {args.rounds} rounds", flush=True)
-        _CASES[case](model, args.rounds)
+        _CASES[case](model, args.rounds, *([args.gpu_layers] if case == "speed" else []))
     return 0
 
 
@@ -62,17 +63,17 @@ def _compare(rounds: int, ours: Callable[[], Rates], theirs: Callable[[], Rates]
         print(f"  {name:<8} {medians}   median ratio of a round {ratio:.3f}", flush=True)
 
 
-def _speed(model: Path, rounds: int) -> None:
+def _speed(model: Path, rounds: int, layers: str) -> None:
     threads = str(default_threads())
 
     def ours() -> Rates:
-        command = [*_handmill("bench", model), "-r", "2", "-d", "0", "-q", "--json", "-j", threads]
+        command = [*_handmill("bench", model), "-r", "2", "-d", "0", "-q", "--json", "-j", threads, "-g", layers]
         lines = [json.loads(line) for line in _output(command).splitlines()]
         return {line["test"]: line["tokens_per_second"] for line in lines}
 
     def theirs() -> Rates:
         command = [_tool("llama-bench"), "-m", str(model), "-p", "512", "-n", "128", "-t", threads]
-        command += ["-r", "2", "-fa", "auto", "-o", "jsonl"]
+        command += ["-r", "2", "-fa", "auto", "-o", "jsonl", "-ngl", layers]
         lines = [json.loads(line) for line in _output(command).splitlines()]
         return {
             f"pp{line['n_prompt']}" if line["n_prompt"] else f"tg{line['n_gen']}": line["avg_ts"] for line in lines
@@ -206,7 +207,7 @@ def _first_byte(command: Sequence[str]) -> float:
     return seconds
 
 
-_CASES: dict[str, Callable[[Path, int], None]] = {
+_CASES: dict[str, Callable[..., None]] = {
     "speed": _speed,
     "first": _first,
     "draft": _draft,

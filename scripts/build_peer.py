@@ -20,7 +20,7 @@ from pathlib import Path
 
 from scripts.console import Progress, SetupError, say
 from scripts.environment import ROOT, llama_version
-from scripts.llama_wheel import PACKAGE, require_compilers
+from scripts.llama_wheel import PACKAGE, require_compilers, wanted_build
 
 CONVERTER = Path("llama.cpp", "convert_hf_to_gguf.py")
 BINARIES = Path("build", "bin")
@@ -61,6 +61,7 @@ def build(folder: Path, tools: Sequence[str]) -> None:
     log = folder / "build.log"
     configure = [cmake, "-S", str(source), "-B", str(folder / "build"), "-G", "Unix Makefiles"]
     configure += ["-DCMAKE_BUILD_TYPE=Release", "-DLLAMA_CURL=OFF", "-DLLAMA_BUILD_TESTS=OFF"]
+    configure += wanted_build(llama_version(), os.environ).flags  # the same backends and instructions as the wheel
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     compile_ = [cmake, "--build", str(folder / "build"), "--parallel", str(cores), "--target", *tools]
     with log.open("w", encoding="utf-8") as kept, Progress("compiled (percent)") as progress:

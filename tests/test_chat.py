@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from models.errors import GenerationError, UsageError
 from runner.chat.app import ChatApp, toolbar_text
 from runner.chat.lines import JsonChat, LineChat
 from runner.cli.run import report
-from runner.engine.protocol import Message, Sampling
+from runner.engine.protocol import GenerationChunk, Message, Sampling
 from runner.session import ChatSession
 from tests.fake_engine import FakeEngine
 
@@ -91,6 +92,20 @@ def test_ctrl_c_at_the_prompt_drops_the_line_or_says_how_to_leave() -> None:
     assert "Ctrl-D or /exit leaves" not in screen
     screen, _ = talk(FakeEngine(), "\x03")
     assert "Ctrl-D or /exit leaves" in screen
+
+
+def test_what_happens_meanwhile_is_told_on_a_line_of_its_own() -> None:
+    class Losing(FakeEngine):
+        def generate(self, tokens: Sequence[int], sampling: Sampling | None = None) -> Iterator[GenerationChunk]:
+            for index, chunk in enumerate(super().generate(tokens, sampling)):
+                if index == 3:
+                    yield GenerationChunk("", None, chunk.stats, notice="the GPU \x1b[2Jis lost")
+                yield chunk
+
+    screen, session = talk(Losing("abcdef"), "hi\r")
+    assert "abc\n[the GPU is lost]\ndef\n" in screen.replace("\r", "")
+    assert said(session, "assistant") == ["abcdef"]
+    assert session.messages[-1].tokens == tuple(map(ord, "abcdef"))
 
 
 def test_an_error_in_a_reply_is_shown_and_the_chat_goes_on() -> None:

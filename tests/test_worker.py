@@ -358,3 +358,29 @@ def test_fit_shows_what_the_way_costs_and_doctor_who_is_away(
     cli.main(["doctor", "--json", "--worker", "127.0.0.1:1"])
     findings = json.loads(capsys.readouterr().out)["findings"]
     assert any(finding["probe"] == "worker" and "away" in finding["message"] for finding in findings)
+
+
+def test_a_chat_goes_on_when_a_worker_goes(starter_model: Path, tmp_path: Path, expected: str) -> None:
+    """The whole program: what came stays, a notice says what happened, the rest comes."""
+    with worker(tmp_path) as lent:
+        command = [sys.executable, "-m", "runner.cli.main", "chat", str(starter_model), "--json", "--cache", "off"]
+        command += ["--worker", lent.endpoint, "--temperature", "0", "--max-tokens", "30", "-c", "512"]
+        environment = {**os.environ, "HANDMILL_HOME": str(tmp_path)}
+        with subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as chat:
+            assert chat.stdin is not None
+            assert chat.stdout is not None
+            chat.stdin.write(json.dumps({"content": MESSAGES[0].content}) + "\n")
+            chat.stdin.flush()
+            lines = [json.loads(chat.stdout.readline()) for _ in range(5)]
+            lent.process.send_signal(signal.SIGKILL)
+            while "finish_reason" not in lines[-1]:
+                lines.append(json.loads(chat.stdout.readline()))
+            chat.stdin.close()
+            assert chat.wait(30) == 0
+    assert lines[-1]["text"] == "".join(line.get("delta", "") for line in lines)
+    assert lines[-1]["text"][:40] == expected[:40]
+    assert (lines[-1]["device"], lines[-1]["generated_tokens"]) == ("CPU", 30)
+    notices = [line["notice"] for line in lines if "notice" in line]
+    assert "was lost" in notices[0]

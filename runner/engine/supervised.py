@@ -314,6 +314,7 @@ class SupervisedEngine:
                 if count:
                     yield replace(options, gpu_layers=count), f"tried again with {count} layers on the GPU"
         yield replace(options, gpu_layers=0), "tried again on the CPU alone"
+        yield replace(options, gpu_layers=0, context=None), "tried again on the CPU with a context that fits"
 
 
 def _is_lost(error: Ended | GenerationError) -> bool:
