@@ -20,7 +20,7 @@ except ImportError:  # Windows, where a file that is open cannot be removed: tha
     fcntl = None  # type: ignore[assignment]
 
 
-_PARTIAL = ".partial"
+_PARTIAL, _OLD = ".partial", ".old"
 
 
 @contextmanager
@@ -43,7 +43,6 @@ def whole_files(paths: Sequence[Path], sizes: Sequence[int], *, force: bool) -> 
     partials = [_partial_of(path) for path in paths]
     with translated(paths[0]):
         lock = _create_locked(partials[0], paths[0])
-    renaming = False
     try:
         for path, partial, nbytes in zip(paths, partials, sizes, strict=True):
             with translated(path):
@@ -58,22 +57,50 @@ def whole_files(paths: Sequence[Path], sizes: Sequence[int], *, force: bool) -> 
             if not force and path.exists():
                 raise _exists(path)
         _let_go_on_windows(lock)
-        others = _other_sets(paths)
-        renaming = True
-        for path, partial in zip(reversed(paths), reversed(partials), strict=True):
-            with translated(path):
-                partial.replace(path)
-        for path in others:
-            path.unlink(missing_ok=True)
+        with _set_aside([*paths, *_other_sets(paths)] if len(paths) > 1 else []):
+            _name(partials, paths)
         _sync_folder(paths[0].parent)
     except BaseException:
         _let_go_on_windows(lock)
-        if renaming and any(partial.exists() for partial in partials):  # some have their names: no set without all
-            _remove(path for path, partial in zip(paths, partials, strict=True) if not partial.exists())
         _remove(partials)
         raise
     finally:
         lock.close()  # until here no other run can take the name
+
+
+def _name(partials: Sequence[Path], paths: Sequence[Path]) -> None:
+    """Give the files their names, the first one last: all or none."""
+    named: list[Path] = []
+    try:
+        for path, partial in zip(reversed(paths), reversed(partials), strict=True):
+            with translated(path):
+                partial.replace(path)
+            named.append(path)
+    except BaseException:
+        _remove(named)
+        raise
+
+
+@contextmanager
+def _set_aside(paths: Iterable[Path]) -> Iterator[None]:
+    """Give the files of an old set other names while a new one takes theirs: they come back if the block fails.
+
+    (One file is replaced in a single step.)
+    """
+    aside: list[tuple[Path, Path]] = []
+    try:
+        for path in paths:
+            if path.exists():
+                aside.append((path, path.with_name(f".{path.name}{_OLD}")))
+                with translated(path):
+                    path.replace(aside[-1][1])
+        yield
+    except BaseException:
+        for path, old in reversed(aside):
+            with suppress(OSError):
+                old.replace(path)
+        raise
+    _remove(old for _, old in aside)
 
 
 def _remove(paths: Iterable[Path]) -> None:

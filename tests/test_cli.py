@@ -305,6 +305,17 @@ def test_list_show_and_rm(model: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert "no model 'bad'" in complaint(capsys, 1, "rm", "bad")
 
 
+def test_list_tells_of_a_missing_part(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    part = library.models_folder() / "big-00001-of-00003.gguf"
+    part.write_bytes((library.models_folder() / f"{model}.gguf").read_bytes())
+    assert cli.main(["list"]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("big "))
+    assert "damaged" in row
+    assert cli.main(["list", "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert next(row for row in rows if row["name"] == "big")["error"] == "2 of its parts are missing"
+
+
 def test_list_of_an_empty_library_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     assert "handmill pull" in complaint(capsys, 0, "list")
 

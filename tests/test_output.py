@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from convert.output import check_output, translated, whole_file
+from convert.output import check_output, translated, whole_file, whole_files
 from models.errors import OutputError
+from models.gguf_parts import part_name
 
 WRITER = """
 import sys, time
@@ -118,6 +119,35 @@ def test_a_failure_keeps_the_file_that_was_to_be_replaced(path: Path) -> None:
         raise ValueError("stop")
     assert path.read_bytes() == b"old"
     assert files(path.parent) == ["model.gguf"]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_set_is_replaced_whole_or_not_at_all(
+    path: Path, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old set has three parts and the new one two; it fails when the last of these is to take its name."""
+    folder = path.parent
+    old = [folder / part_name("m", number, 3) for number in range(1, 4)]
+    new = [folder / part_name("m", number, 2) for number in range(1, 3)]
+    for number, part in enumerate(old):
+        part.write_bytes(bytes([number]))
+    replace = Path.replace
+
+    def fail(self: Path, target: Path) -> Path:
+        if target == new[0]:
+            raise error("stopped")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises((OutputError, error)), whole_files(new, [1, 1], force=True):
+        pass
+    assert files(folder) == [part.name for part in old]
+    assert [part.read_bytes() for part in old] == [bytes([number]) for number in range(3)]
+    monkeypatch.undo()
+    for _ in range(2):  # over another number of parts, and over its own
+        with whole_files(new, [4, 4], force=True):
+            pass
+        assert files(folder) == [part.name for part in new]
 
 
 def test_a_file_that_came_meanwhile_is_kept(path: Path) -> None:
