@@ -38,7 +38,6 @@ _PLACE = re.compile(r"^\S*/(?=[^/]+:\d+: )")
 """The folder of a source file, at the head of what ggml says when it ends its process."""
 _SLICE = 0.1
 """Seconds. On Windows only a wait that ends lets Ctrl-C through."""
-_SIGN_EVERY = 0.5
 
 Result = TypeVar("Result")
 _Call = tuple[int, Callable[..., object], tuple[object, ...]]
@@ -65,8 +64,8 @@ class Silent(Exception):
 class Kind(Enum):
     """What the other process sends."""
 
-    ALIVE = auto()
-    """It goes on computing."""
+    WORKING = auto()
+    """It computes something, and so much of it."""
     PIECE = auto()
     """A part of the answer: what an iterator gave, or a call of `send`."""
     END = auto()
@@ -259,7 +258,6 @@ def isolation(*modules: str, loud: bool = False) -> Iterator[Isolated]:
 _answers: IO[bytes] | None = None
 _sending = threading.Lock()
 _number = _newest = 0
-_last_sign = 0.0
 
 
 def serve() -> None:
@@ -289,12 +287,10 @@ def send(piece: object) -> None:
         _put(Kind.PIECE, piece, _number)
 
 
-def still_working() -> None:
-    """The same, but for that the computation goes on; cheap enough for every step of it."""
-    global _last_sign
-    if _answers is not None and (now := time.monotonic()) - _last_sign > _SIGN_EVERY:
-        _last_sign = now
-        _put(Kind.ALIVE, None, _number)
+def announce(work: int) -> None:
+    """The same: `work` units of something come next, and until they are done nothing is heard."""
+    if _answers is not None:
+        _put(Kind.WORKING, work, _number)
 
 
 def _put(kind: Kind, value: object, number: int) -> None:

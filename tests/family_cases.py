@@ -119,6 +119,8 @@ PEER_FAILS: Mapping[str, str] = MappingProxyType(
         "nemotron-h": f"a dense model is taken for a mixture: {_FROM_AUTO_CONFIG}",
         "nemotron-h-hub": f"a dense model is taken for a mixture: {_FROM_AUTO_CONFIG}",
         "nemotron-h-transformers-5": f"a dense model is taken for a mixture: {_FROM_AUTO_CONFIG}",
+        "smolvlm": "knows the part that reads text by the architectures of text_config alone",
+        "idefics3": "knows the part that reads text by the architectures of text_config alone",
         "stablelm-12b": "the norms of the heads are stacked and dropped",
     }
 )

@@ -48,6 +48,7 @@ CASES: Mapping[str, Case] = {
     "llama-llama3": Case("LlamaForCausalLM", {"rope_parameters": LLAMA3, "head_dim": 32}),
     "llama-yarn": Case("LlamaForCausalLM", {"rope_parameters": YARN}),
     "llama-biases": Case("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
+    "arcee": Case("ArceeForCausalLM", {"rope_parameters": YARN}),
     "mistral": Case("MistralForCausalLM", {"sliding_window": None}, tokenizer="sentencepiece"),
     "ministral3": Case(
         "Ministral3ForCausalLM",

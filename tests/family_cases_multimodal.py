@@ -25,6 +25,8 @@ QWEN_VISION = {
     "num_position_embeddings": 16,
 }
 
+SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+
 CASES: Mapping[str, Case] = {
     "gemma3-vision": Case(
         "Gemma3ForConditionalGeneration",
@@ -61,6 +63,32 @@ CASES: Mapping[str, Case] = {
             },
         },
         text_part="language_model",
+    ),
+    "smolvlm": Case(
+        "SmolVLMForConditionalGeneration",
+        {"text_config": {"model_type": "llama"}, "vision_config": VISION, "image_token_id": 3},
+    ),
+    "idefics3": Case(
+        "Idefics3ForConditionalGeneration",
+        {"text_config": {"model_type": "llama"}, "vision_config": VISION, "image_token_id": 3},
+    ),
+    "qwen2-vl": Case(
+        "Qwen2VLForConditionalGeneration",
+        {"text_config": {"rope_parameters": SECTIONS}, "vision_config": {**QWEN_VISION, "embed_dim": 32}},
+        tokenizer="qwen",
+    ),
+    "qwen2.5-vl": Case(
+        "Qwen2_5_VLForConditionalGeneration",
+        {"text_config": {"rope_parameters": SECTIONS}, "vision_config": QWEN_VISION},
+        tokenizer="qwen",
+    ),
+    "qwen3-vl": Case(
+        "Qwen3VLForConditionalGeneration",
+        {
+            "text_config": {"rope_parameters": {**MROPE, "partial_rotary_factor": 1.0, "mrope_section": [8, 4, 4]}},
+            "vision_config": {**QWEN_VISION, "deepstack_visual_indexes": [0]},
+        },
+        tokenizer="qwen",
     ),
     "qwen3.5-vision": Case(
         "Qwen3_5ForConditionalGeneration",

@@ -137,9 +137,8 @@ def say_and_sleep(seconds: float) -> str:
     for share in (0.25, 0.5):
         isolated.send(share)
         time.sleep(seconds)
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        isolated.still_working()
+    isolated.announce(7)
+    time.sleep(seconds)
     return "done"
 
 
@@ -169,7 +168,9 @@ def test_a_sign_of_life_gives_more_time() -> None:
     heard: list[float] = []
     with isolation() as apart:
         assert apart.call(say_and_sleep, 0.8, seconds=1.6, heard=heard.append) == "done"
-    assert heard == [0.25, 0.5]
+        assert heard == [0.25, 0.5]
+        apart.ask(say_and_sleep, 0.0)
+        assert [apart.hear(10) for _ in range(4)][2:] == [(Kind.WORKING, 7), (Kind.END, "done")]
 
 
 def test_what_is_told_is_done_beside_a_call() -> None:

@@ -220,12 +220,13 @@ def test_other_kinds_of_memory_go_on_too(kind: str, tmp_path: Path) -> None:
 
 def test_patience_grows_with_what_was_seen() -> None:
     patience = Patience(first=100.0, least=5.0, factor=10.0)
-    assert patience.seconds == 100.0
-    patience.waited(0.1)
-    assert patience.seconds == 5.0
-    for seconds in (2.0, 0.1):
-        patience.waited(seconds)
-    assert patience.seconds == 20.0
+    assert patience.seconds(512) == 612.0
+    patience.waited(0.1, 1)
+    assert patience.seconds(1) == 5.0
+    assert patience.seconds(512) == 512.0  # a prompt takes longer than a token
+    for seconds, tokens in ((64.0, 32), (0.1, 1)):
+        patience.waited(seconds, tokens)
+    assert patience.seconds(1) == 20.0
 
 
 def test_waiting_for_its_turn(starter_model: Path, expected: str) -> None:

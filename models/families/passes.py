@@ -133,7 +133,8 @@ def without_other_parts(tensors: Tensors, hparams: Hparams) -> Tensors:
     result: dict[str, Weights] = {}
     for name, weights in tensors.items():
         if not (hparams.is_multimodal and _OTHER_PARTS.fullmatch(name)):
-            name = name.replace("language_model.", "").replace("e_score_correction_bias", "e_score_correction.bias")
+            name = name.replace("language_model.", "").replace("text_model.", "")
+            name = name.replace("e_score_correction_bias", "e_score_correction.bias")
             result[name] = weights
     return result
 

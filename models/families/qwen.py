@@ -1,10 +1,11 @@
-"""Qwen 1 to 3, dense and mixtures of experts."""
+"""Qwen 1 to 3, dense and mixtures of experts, and the text part of Qwen 2 to 3 VL."""
 
 from dataclasses import replace
 
 from models.families import ModelFamily
 from models.families import vocabulary as rules
 from models.families.keys import absent, head_dim, integer, number
+from models.hparams import Hparams
 
 _NO_WINDOW = ("sliding_window", "max_window_layers")  # of a window that is not in use
 
@@ -24,6 +25,30 @@ QWEN3 = replace(
     gguf_arch="qwen3",
     defaults={**QWEN2.defaults, "head_dim": 128},
     requires={**QWEN2.requires, "attention_bias": (None, False)},
+)
+
+# transformers, Qwen2VLConfig, Qwen2_5_VLConfig: the part that reads text
+QWEN2_VL = replace(
+    QWEN2,
+    architectures=("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"),
+    gguf_arch="qwen2vl",
+    defaults={**QWEN2.defaults, "rms_norm_eps": 1e-5, "rope_theta": 1000000.0},
+)
+
+
+def _layers_of_pictures(hparams: Hparams) -> int:
+    """How many layers of the part that sees are given to layers here."""
+    vision = hparams.get("vision_config")
+    found = vision.get("deepstack_visual_indexes") if isinstance(vision, dict) else None
+    return len(found) if isinstance(found, list) else 0
+
+
+# transformers, Qwen3VLConfig: the part that reads text
+QWEN3_VL = replace(
+    QWEN3,
+    architectures=("Qwen3VLForConditionalGeneration",),
+    gguf_arch="qwen3vl",
+    keys={"n_deepstack_layers": _layers_of_pictures},
 )
 
 # llama.cpp has experts in every block of these two

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from models import native
 from models.errors import GenerationError, LoadError
+from models.isolated import announce
 from runner.engine.context_params import MOST_OUTPUTS, ContextOptions, context_params
 from runner.engine.signals import aborting
 from runner.engine.snapshots import Checkpoint, Snapshot, State
@@ -314,6 +315,8 @@ class Context:
         ids = (ctypes.c_int32 * len(tokens))(*tokens)
         if batch is None:
             batch = self._lib.llama_batch_get_one(ids, len(tokens))
+        if len(tokens) > MOST_OUTPUTS:
+            announce(len(tokens))
         try:
             with native.capture_log() as log:
                 status = self._lib.llama_decode(self._context, batch)

@@ -56,20 +56,22 @@ _CLOSED = "the model was closed"
 
 @dataclass
 class Patience:
-    """How many seconds to wait for the next sign of life: many times the longest wait so far."""
+    """How many seconds to wait until some tokens are computed: many times what the slowest took so far."""
 
     first: float = 180.0
-    """While nothing is known: a device may have to compile its kernels."""
+    """While nothing is known, and a second more for each token: a device may have to compile its kernels."""
     least: float = 20.0
     factor: float = 10.0
-    longest: float | None = field(default=None, init=False)
+    slowest: float | None = field(default=None, init=False)
+    """Seconds for a token."""
 
-    @property
-    def seconds(self) -> float:
-        return self.first if self.longest is None else max(self.least, self.factor * self.longest)
+    def seconds(self, tokens: int) -> float:
+        if self.slowest is None:
+            return self.first + tokens
+        return max(self.least, self.factor * self.slowest * tokens)
 
-    def waited(self, seconds: float) -> None:
-        self.longest = max(self.longest or 0.0, seconds)
+    def waited(self, seconds: float, tokens: int) -> None:
+        self.slowest = max(self.slowest or 0.0, seconds / tokens)
 
 
 class _Process:
@@ -242,21 +244,25 @@ class SupervisedEngine:
 
     def _pieces(self) -> Iterator[Any]:
         """What comes of the call that was asked, until it ends. Raises Ended; Silent after a cancel that is late."""
+        tokens = 1
         while True:
-            kind, value = self._sign_of_life()
+            kind, value = self._sign_of_life(tokens)
             _ = self._process
             if kind is Kind.END:
                 return
+            tokens = value if kind is Kind.WORKING else 1
             if kind is Kind.PIECE:
                 yield value
 
-    def _sign_of_life(self) -> tuple[Kind, Any]:
+    def _sign_of_life(self, tokens: int) -> tuple[Kind, Any]:
+        """What is heard next, while so many `tokens` are computed."""
+        on_device = self._process.facts.info.gpu_layers > 0
         apart, lookout, patience = self._process.apart, self._process.lookout, self._patience
         began, stopped = time.monotonic(), None
         while True:
             try:
                 found = apart.hear(_LOOK_EVERY)
-                patience.waited(time.monotonic() - began)
+                patience.waited(time.monotonic() - began, tokens)
                 return found
             except Silent:
                 now = time.monotonic()
@@ -265,11 +271,13 @@ class SupervisedEngine:
                 stopped = (stopped or now) if self._cancelled else None
                 if stopped is not None and now - stopped > _STOPS_WITHIN:
                     raise
+                if not on_device:  # a CPU may be slow, and does not hang
+                    continue
                 if now - began > _SILENCE:
                     lookout.wake()
                     if (away := lookout.lost()) is not None:
                         raise Ended(f"worker {away} no longer answers") from None
-                if now - began > patience.seconds:
+                if now - began > patience.seconds(tokens):
                     raise Ended(f"nothing came from it for {now - began:.0f} s") from None
 
     def _recovered(self, lost: Ended | GenerationError) -> Iterator[str]:
