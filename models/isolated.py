@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -37,7 +36,7 @@ _SAID_BYTES = 8192
 _PLACE = re.compile(r"^\S*/(?=[^/]+:\d+: )")
 """The folder of a source file, at the head of what ggml says when it ends its process."""
 _SLICE = 0.1
-"""Seconds. On Windows only a wait that ends lets Ctrl-C through."""
+"""Seconds that are waited at a time: on Windows only a wait that ends lets Ctrl-C through."""
 
 Result = TypeVar("Result")
 _Call = tuple[int, Callable[..., object], tuple[object, ...]]
@@ -136,19 +135,16 @@ class Isolated:
         self.ask(_nothing)
 
     def beside(self, function: Callable[..., Result], *args: object, seconds: float | None = None) -> Result:
-        """As `call`, but in another thread of the process, at once. Raises Ended, if too late without ending it."""
+        """As `call`, but in another thread of the process, at once. Raises Ended."""
         with self._beside:
             seconds = DEADLINE_SECONDS if seconds is None else seconds
             self._requests.put(pickle.dumps((_BESIDE, function, args)))
             try:
-                message = self._answers_beside.get(timeout=seconds)
-            except Empty:
-                raise Ended(f"it took longer than {seconds:g} s") from None
-            if message is None:
-                self._answers_beside.put(None)
-                raise self._ended()
-            result: Result = _value(message)
-            return result
+                result: Result = _value(self._next(self._answers_beside, seconds))
+                return result
+            except Silent:
+                self.kill()
+                raise Ended(f"it took longer than {seconds:g} s", self._tail()) from None
 
     def tell(self, function: Callable[..., object], *args: object) -> None:
         """Have `function(*args)` called at once, beside what is computed; nothing comes of it."""
@@ -156,22 +152,27 @@ class Isolated:
 
     def hear(self, seconds: float) -> tuple[Kind, Any]:
         """What comes next. Raises Silent after `seconds`, Ended, and the HandmillError that ended a call."""
-        until = time.monotonic() + seconds
         while True:
-            left = until - time.monotonic()
-            try:
-                message = self._answers.get(timeout=max(0.0, min(left, _SLICE)))
-            except Empty:
-                if left <= 0:
-                    raise Silent from None
-                continue
-            if message is None:
-                self._answers.put(None)  # for whoever asks again
-                raise self._ended()
+            message = self._next(self._answers, seconds)
             number, kind, _ = message
             if number == self._number:
                 return kind, _value(message)
-            until = time.monotonic() + seconds
+
+    def _next(self, answers: SimpleQueue[_Message | None], seconds: float) -> _Message:
+        """Raises Silent and Ended. Time in which both processes were stopped (Ctrl-Z) does not count."""
+        left = seconds
+        while True:
+            try:
+                message = answers.get(timeout=min(left, _SLICE))
+                break
+            except Empty:
+                left -= _SLICE
+                if left <= 0:
+                    raise Silent from None
+        if message is None:
+            answers.put(None)  # for whoever asks again
+            raise self._ended()
+        return message
 
     def kill(self) -> None:
         self._process.kill()

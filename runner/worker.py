@@ -61,8 +61,7 @@ def serve(lent: Lent) -> None:
     for device in chosen:
         _report_what_is_lent(device, lent.memory)
     if lent.cache is not None:
-        lent.cache.mkdir(parents=True, exist_ok=True)
-        forget_what_is_cut(lent.cache)
+        _open_cache(lent.cache)
         threading.Thread(target=keep_cache, args=[lent.cache, lent.cache_bytes], daemon=True).start()
     threading.Thread(target=_attend, args=[lent, chosen], daemon=True).start()
     if all(device.kind == "cpu" for device in chosen):
@@ -70,6 +69,17 @@ def serve(lent: Lent) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the server prints a line for each client
     _start_server(lent, chosen)
     raise LoadError(f"llama.cpp's RPC server does not start at {lent.host}:{lent.port}")
+
+
+def _open_cache(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        forget_what_is_cut(folder)
+    except OSError as error:
+        raise UsageError(
+            f"{printable(folder)} cannot be used: {printable(error.strerror or error)}",
+            hint="HANDMILL_HOME names another folder; --cache off does without.",
+        ) from error
 
 
 def _choose(name: str | None) -> list[devices.Device]:

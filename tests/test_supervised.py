@@ -161,8 +161,7 @@ def test_closing(starter_model: Path) -> None:
         engine.close()
         engine.close()
         assert not is_alive(pid)
-        with pytest.raises(GenerationError, match="closed"):
-            list(chunks)
+        assert [chunk.finish_reason for chunk in chunks] == ["cancelled"]
         with pytest.raises(GenerationError, match="closed"):
             engine.chat(MESSAGES, GREEDY)
         engine = SupervisedEngine(starter_model, options(endpoint))
@@ -177,8 +176,7 @@ def test_closing_while_another_thread_reads(starter_model: Path) -> None:
         taken(chunks, 3)
         timer = threading.Timer(0.2, engine.close)
         timer.start()
-        with pytest.raises(GenerationError, match="closed"):
-            list(chunks)
+        assert list(chunks)[-1].finish_reason == "cancelled"
         timer.join()
 
 

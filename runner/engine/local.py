@@ -177,8 +177,12 @@ class LocalEngine:
             chunks = reply(self._context, self._vocabulary, self._recall, speculation, request, self._locked)
             with closing(chunks):
                 for chunk in chunks:
-                    notice = self._locked(self._watch.look)
+                    notice = self._notice()
                     yield replace(chunk, notice=notice) if notice else chunk
+
+    def _notice(self) -> str:
+        with self._native:
+            return "" if self._closed else self._watch.look()
 
     def _recall(self, tokens: Sequence[int]) -> int:
         """Bring the context as near to the prompt as anything is that was computed once."""

@@ -232,6 +232,9 @@ class SupervisedEngine:
                     yield GenerationChunk("", None, stats, "cancelled")
                     return
                 except (Ended, GenerationError) as error:
+                    if self._closed:
+                        yield GenerationChunk("", None, stats, "cancelled")
+                        return
                     if not _is_lost(error):
                         raise
                     for notice in self._recovered(error):
@@ -243,42 +246,44 @@ class SupervisedEngine:
                         process.apart.tell(child.cancel)
 
     def _pieces(self) -> Iterator[Any]:
-        """What comes of the call that was asked, until it ends. Raises Ended; Silent after a cancel that is late."""
-        tokens = 1
+        """What comes of the call that was asked, until it ends.
+
+        Raises Ended; Silent when it was cancelled and nothing comes, or the model was closed.
+        """
+        process, tokens = self._process, 1
         while True:
-            kind, value = self._sign_of_life(tokens)
-            _ = self._process
+            kind, value = self._sign_of_life(process, tokens)
             if kind is Kind.END:
                 return
             tokens = value if kind is Kind.WORKING else 1
             if kind is Kind.PIECE:
                 yield value
 
-    def _sign_of_life(self, tokens: int) -> tuple[Kind, Any]:
+    def _sign_of_life(self, process: _Process, tokens: int) -> tuple[Kind, Any]:
         """What is heard next, while so many `tokens` are computed."""
-        on_device = self._process.facts.info.gpu_layers > 0
-        apart, lookout, patience = self._process.apart, self._process.lookout, self._patience
-        began, stopped = time.monotonic(), None
+        apart, lookout, patience = process.apart, process.lookout, self._patience
+        waited = since_cancel = 0.0  # in looks: while this process is stopped (Ctrl-Z), nothing counts
         while True:
+            began = time.monotonic()
             try:
+                if self._closed:
+                    raise Silent
                 found = apart.hear(_LOOK_EVERY)
-                patience.waited(time.monotonic() - began, tokens)
+                patience.waited(waited + min(time.monotonic() - began, _LOOK_EVERY), tokens)
                 return found
             except Silent:
-                now = time.monotonic()
-                if self._closed:
-                    raise GenerationError(_CLOSED) from None
-                stopped = (stopped or now) if self._cancelled else None
-                if stopped is not None and now - stopped > _STOPS_WITHIN:
+                waited += _LOOK_EVERY
+                since_cancel = since_cancel + _LOOK_EVERY if self._cancelled else 0.0
+                if self._closed or since_cancel >= _STOPS_WITHIN:
                     raise
-                if not on_device:  # a CPU may be slow, and does not hang
+                if not process.facts.info.gpu_layers:  # a CPU may be slow, and does not hang
                     continue
-                if now - began > _SILENCE:
+                if waited > _SILENCE:
                     lookout.wake()
                     if (away := lookout.lost()) is not None:
                         raise Ended(f"worker {away} no longer answers") from None
-                if now - began > patience.seconds(tokens):
-                    raise Ended(f"nothing came from it for {now - began:.0f} s") from None
+                if waited > patience.seconds(tokens):
+                    raise Ended(f"nothing came from it for {waited:.0f} s") from None
 
     def _recovered(self, lost: Ended | GenerationError) -> Iterator[str]:
         """Load again with less, and say so. Raises GenerationError where nothing is left to try."""
