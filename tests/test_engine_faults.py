@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -177,6 +178,7 @@ def test_loading_again_and_again_does_not_grow(dense: Path) -> None:
     script = f"""
 import resource
 from pathlib import Path
+from typing import Any
 from runner.engine.local import load
 from runner.engine.protocol import LoadOptions, Sampling
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -196,3 +198,22 @@ def test_a_context_of_no_model_is_refused(dense: Path) -> None:
         too_long = ContextOptions(n_ctx=2**31 - 1, threads=1, batch_threads=1)
         with pytest.raises(LoadError, match="context"):
             Context(engine._loaded.model, too_long)
+
+
+def test_what_only_saves_time_gives_way_to_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of a state to go back to, where llama.cpp finds no room for them."""
+    attempt = loading._attempt
+
+    def full(path: Path, split: object, settings: ContextOptions, *args: Any, **kwargs: Any) -> Any:
+        if settings.rollback:
+            raise LoadError("llama.cpp cannot make a context: failed to allocate buffer")
+        return attempt(path, split, settings, *args, **kwargs)  # type: ignore[arg-type]
+
+    model = write_model("hybrid", tmp_path)
+    with load(model, OPTIONS) as engine:
+        assert engine.context.most_drafted > 0
+    monkeypatch.setattr(loading, "_attempt", full)
+    with load(model, OPTIONS) as engine:
+        assert engine.context.most_drafted == 0
+        assert engine.info.notes == ("there is no memory to guess ahead with; tried again without",)
+        assert list(engine.generate(PROMPT, Sampling(temperature=0, max_tokens=4)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -110,8 +110,13 @@ def load_file(path: Path, options: LoadOptions, progress: LoadProgress | None) -
             model, context = _attempt(path, split, settings, options, progress, head=head)
             break
         except LoadError as error:
-            fewer = next(remaining, None)
-            if fewer is None or not _is_memory_failure(error):
+            if not _is_memory_failure(error):
+                raise
+            if settings.rollback or head:  # what only saves time goes first
+                settings, head = replace(settings, rollback=0), False
+                notes.append("there is no memory to guess ahead with; tried again without")
+                continue
+            if (fewer := next(remaining, None)) is None:
                 raise
             where = f"{fewer} on the GPU" if fewer else "the CPU alone"
             notes.append(f"the GPU has no memory for {split.gpu_layers} layers; tried again with {where}")
