@@ -5,8 +5,11 @@ from __future__ import annotations
 import ctypes
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -83,67 +86,73 @@ def device_speed(device: str, tensor_type: str = "F16", threads: int | None = No
 
 def _link_speed(device: str) -> float:
     """Bytes per second that reach a device of another machine, the best of some rounds."""
-    base, pointer = _base(), devices.pointer_of(device)
-    context = base.ggml_init(_InitParams(4 * 1024, None, True))
-    backend = base.ggml_backend_dev_init(pointer, None)
-    buffer = None
-    try:
+    base = _base()
+    with _backend(device, 4 * 1024) as (context, backend):
         tensor = base.ggml_new_tensor_2d(context, 0, _SENT // 4, 1)
-        buffer = base.ggml_backend_alloc_ctx_tensors(context, backend)
-        if not buffer:
-            raise LoadError(f"{device} has no {human_bytes(_SENT)} free to measure with", device=device)
-        data, best, a_number = np.ones(_SENT, np.uint8), float("inf"), ctypes.c_float()
-        for _ in range(_ROUNDS):
-            began = time.perf_counter()
-            base.ggml_backend_tensor_set(tensor, data.ctypes.data, 0, _SENT)
-            base.ggml_backend_tensor_get(tensor, ctypes.byref(a_number), 0, 4)  # sent behind it, so it has arrived
-            best = min(best, time.perf_counter() - began)
-        return _SENT / best
-    finally:
-        if buffer:
-            base.ggml_backend_buffer_free(buffer)
-        if backend:
-            base.ggml_backend_free(backend)
-        base.ggml_free(context)
+        with _allocated(device, context, backend, _SENT):
+            data, best, a_number = np.ones(_SENT, np.uint8), float("inf"), ctypes.c_float()
+            for _ in range(_ROUNDS):
+                began = time.perf_counter()
+                base.ggml_backend_tensor_set(tensor, data.ctypes.data, 0, _SENT)
+                base.ggml_backend_tensor_get(tensor, ctypes.byref(a_number), 0, 4)  # asked for last, so all has come
+                best = min(best, time.perf_counter() - began)
+            return _SENT / best
 
 
 def _multiply_seconds(device: str, number: int, count: int, rows: int, threads: int | None) -> float:
     """Seconds to multiply `count` matrices of `rows` rows, the best of some rounds."""
-    base, pointer = _base(), devices.pointer_of(device)
-    # Room for the graph and what describes its tensors; no data.
-    context = base.ggml_init(_InitParams(base.ggml_graph_overhead() + (3 * count + 8) * 1024, None, True))
-    backend = base.ggml_backend_dev_init(pointer, None)
-    buffer = None
-    try:
+    base = _base()
+    with _backend(device, base.ggml_graph_overhead() + (3 * count + 8) * 1024) as (context, backend):
         activations = base.ggml_new_tensor_2d(context, 0, _WIDTH, 1)
         graph = base.ggml_new_graph(context)
         for _ in range(count):
             weights = base.ggml_new_tensor_2d(context, number, _WIDTH, rows)
             product = base.ggml_mul_mat(context, weights, activations)
             base.ggml_build_forward_expand(graph, product)
-        if not backend or not base.ggml_backend_supports_op(backend, product):
+        if not base.ggml_backend_supports_op(backend, product):
             raise LoadError(f"{device} does not multiply weights of this type", device=device)
-        buffer = base.ggml_backend_alloc_ctx_tensors(context, backend)
-        if not buffer:
-            raise LoadError(f"{device} has no {human_bytes(_BYTES)} free to measure with", device=device)
-        base.ggml_backend_buffer_clear(buffer, 0)
-        _set_threads(pointer, backend, threads)
-        best, a_number = float("inf"), ctypes.c_float()
-        rounds, end = 0, time.perf_counter() + _SECONDS
-        while rounds < _ROUNDS or (time.perf_counter() < end and rounds < _MOST_ROUNDS):
-            rounds, began = rounds + 1, time.perf_counter()
-            if base.ggml_backend_graph_compute(backend, graph) != 0:
-                raise LoadError(f"{device} failed to multiply", device=device)
-            # Computing may go on after the call; a device asked for a number of the result has it then.
-            base.ggml_backend_tensor_get(product, ctypes.byref(a_number), 0, 4)
-            best = min(best, time.perf_counter() - began)
-        return best
+        with _allocated(device, context, backend, _BYTES) as buffer:
+            base.ggml_backend_buffer_clear(buffer, 0)
+            _set_threads(device, backend, threads)
+            best, a_number = float("inf"), ctypes.c_float()
+            rounds, end = 0, time.perf_counter() + _SECONDS
+            while rounds < _ROUNDS or (time.perf_counter() < end and rounds < _MOST_ROUNDS):
+                rounds, began = rounds + 1, time.perf_counter()
+                if base.ggml_backend_graph_compute(backend, graph) != 0:
+                    raise LoadError(f"{device} failed to multiply", device=device)
+                # Computing may go on after the call; a device asked for a number of the result has it then.
+                base.ggml_backend_tensor_get(product, ctypes.byref(a_number), 0, 4)
+                best = min(best, time.perf_counter() - began)
+            return best
+
+
+@contextmanager
+def _backend(device: str, size: int) -> Iterator[tuple[Any, Any]]:
+    """A ggml context with room to describe tensors and graphs in `size` bytes, without data; and the backend."""
+    base = _base()
+    context = base.ggml_init(_InitParams(size, None, True))
+    backend = base.ggml_backend_dev_init(devices.pointer_of(device), None)
+    try:
+        if not backend:
+            raise LoadError(f"{device} cannot be used", device=device)
+        yield context, backend
     finally:
-        if buffer:
-            base.ggml_backend_buffer_free(buffer)
         if backend:
             base.ggml_backend_free(backend)
         base.ggml_free(context)
+
+
+@contextmanager
+def _allocated(device: str, context: Any, backend: Any, nbytes: int) -> Iterator[Any]:
+    """The buffer of all tensors of a context, about `nbytes` large. Raises LoadError."""
+    base = _base()
+    buffer = base.ggml_backend_alloc_ctx_tensors(context, backend)
+    if not buffer:
+        raise LoadError(f"{device} has no {human_bytes(nbytes)} free to measure with", device=device)
+    try:
+        yield buffer
+    finally:
+        base.ggml_backend_buffer_free(buffer)
 
 
 class _InitParams(ctypes.Structure):
@@ -152,9 +161,9 @@ class _InitParams(ctypes.Structure):
     _fields_ = [("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
 
 
-def _set_threads(pointer: int, backend: int, threads: int | None) -> None:
+def _set_threads(device: str, backend: int, threads: int | None) -> None:
     base = _base()
-    registry = base.ggml_backend_dev_backend_reg(pointer)
+    registry = base.ggml_backend_dev_backend_reg(devices.pointer_of(device))
     address = base.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_set_n_threads")
     if threads and address:  # a CPU has it, a GPU has not
         ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int)(address)(backend, threads)
