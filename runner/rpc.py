@@ -49,6 +49,7 @@ def greet(endpoint: str, seconds: float = _SECONDS) -> float:
             answer = b""
             while len(answer) < _REPLY.size and (more := connection.recv(_REPLY.size - len(answer))):
                 answer += more
+                connection.settimeout(max(0.001, began + seconds - time.perf_counter()))
             taken = time.perf_counter() - began
     except TimeoutError as error:
         raise LoadError(

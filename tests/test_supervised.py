@@ -190,16 +190,20 @@ def test_errors_are_those_of_the_engine(tmp_path: Path, starter_model: Path) -> 
             SupervisedEngine(starter_model, options(endpoint, loras=((broken, 1.0),)))
 
 
-def test_a_process_that_ends_on_every_device_is_an_error(starter_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with rpc_server() as endpoint:
-        engine = SupervisedEngine(starter_model, options(endpoint))
+def test_a_process_that_ends_on_every_device_is_an_error(
+    starter_model: Path, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with rpc_server() as endpoint, SupervisedEngine(starter_model, options(endpoint)) as engine:
         chunks = engine.chat(MESSAGES, GREEDY)
         taken(chunks, 3)
         monkeypatch.setattr(isolated, "_CHILD", "raise SystemExit('no python here')")
         engine._process.apart.kill()
         with pytest.raises(GenerationError, match=r"could not be started again.*no python here"):
             list(chunks)
-        engine.close()
+        with pytest.raises(GenerationError, match="no python here"):
+            engine.encode_text("Hello")
+        monkeypatch.undo()  # what stood in the way is gone
+        assert text_of(engine.chat(MESSAGES, GREEDY)) == expected
 
 
 @pytest.mark.parametrize("kind", ["window", "recurrent"])

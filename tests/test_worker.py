@@ -330,6 +330,20 @@ def test_another_version_or_none_is_named() -> None:
             with pytest.raises(LoadError, match=says):
                 rpc.greet(f"127.0.0.1:{server.getsockname()[1]}")
             thread.join()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def drip() -> None:
+            client, _ = server.accept()
+            with client, suppress(OSError):
+                for _ in range(100):
+                    client.sendall(b"\x1c")
+                    time.sleep(0.1)
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        with pytest.raises(LoadError, match="does not answer within"):
+            rpc.greet(f"127.0.0.1:{server.getsockname()[1]}", 0.4)
+        thread.join()
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(LoadError, match="does not answer"):
         rpc.greet(f"127.0.0.1:{silent.getsockname()[1]}", 0.2)
 

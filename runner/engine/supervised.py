@@ -52,6 +52,7 @@ _FATAL_STATUS = -2
 """From here down, llama_decode says that a device failed to compute."""
 _FULL = ("out of memory", "failed to allocate", "unable to allocate", "alloc_buffer", "cudamalloc")
 _CLOSED = "the model was closed"
+_DOCTOR = "`handmill doctor` looks for what is wrong with this machine."
 
 
 @dataclass
@@ -108,7 +109,7 @@ class SupervisedEngine:
         *,
         patience: Patience | None = None,
     ) -> None:
-        self._path = path
+        self._path, self._options = path, options
         self._waits = options.when_busy == "wait"
         self._turn = Turn()
         self._patience = patience or Patience()
@@ -194,8 +195,13 @@ class SupervisedEngine:
 
     @property
     def _process(self) -> _Process:
-        if self._closed or not self._running:
+        if self._closed:
             raise GenerationError(_CLOSED)
+        if not self._running:  # starting it again failed, or was broken off
+            try:
+                self._running.append(_Process(self._path, self._options, None))
+            except Ended as end:
+                raise GenerationError(f"the engine's process ended: {end}", hint=_DOCTOR) from None
         return self._running[0]
 
     def _check_free(self) -> None:
@@ -291,7 +297,7 @@ class SupervisedEngine:
             raise GenerationError(_CLOSED)
         process = self._running.pop()
         process.end()
-        options = replace(process.options, context=process.facts.info.n_ctx)
+        options = self._options = replace(process.options, context=process.facts.info.n_ctx)
         yield from self._start_again(lost, options, process.facts.info.gpu_layers)
         self._info = self._process.facts.info
         yield f"the model is loaded again: {self._info.gpu_layers}/{self._info.n_layers} layers on {self._info.device}"
@@ -301,6 +307,7 @@ class SupervisedEngine:
         why = str(lost)
         for less, how in self._less(lost, options, layers):
             yield f"the device was lost ({why}); {how}"
+            self._options = less
             try:
                 self._running.append(_Process(self._path, less, None))
                 return
@@ -308,7 +315,7 @@ class SupervisedEngine:
                 why = str(error)
         raise GenerationError(
             f"the engine's process ended and could not be started again: {why}",
-            hint="`handmill doctor` looks for what is wrong with this machine.",
+            hint=_DOCTOR,
         ) from None
 
     def _less(self, lost: Exception, options: LoadOptions, layers: int | None) -> Iterator[tuple[LoadOptions, str]]:
