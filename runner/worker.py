@@ -32,6 +32,7 @@ from runner.worker_cache import forget_what_is_cut, keep_cache
 
 _MOST_HEADROOM = 1 << 30
 _LOOKS, _LOOK_SECONDS = 5, 0.02
+_CLIENT_SECONDS = 2.0
 _kept_alive: list[Any] = []
 
 
@@ -139,7 +140,8 @@ def _limit_addresses(memory: int | None) -> None:
     import resource
 
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (taken + memory, hard))
+    most = taken + memory if hard == resource.RLIM_INFINITY else min(taken + memory, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
 
 
 class _Interface(ctypes.Structure):
@@ -195,15 +197,25 @@ def _attend(lent: Lent, chosen: Sequence[devices.Device]) -> None:
     if sys.platform == "win32":
         return  # sockets cannot be listed there: a second client waits
     while True:
-        select.select([listening], [], [])
-        if not _stays_waiting(listening, lent.port):
-            continue  # the server took it
+        waits = select.select([listening], [], [], _CLIENT_SECONDS)[0]
+        for served in filter(_is_connected, _sockets(lent.port)):
+            _notice_when_gone(served)
+        if not waits or not _stays_waiting(listening, lent.port):
+            continue  # nobody, or the server took it
         client, _ = listening.accept()
         with client, suppress(OSError):
             client.settimeout(0.5)
             client.recv(64)  # what is unread when a connection ends takes the answer with it
             client.sendall(BUSY)
             client.shutdown(socket.SHUT_WR)
+
+
+def _notice_when_gone(client: socket.socket) -> None:
+    """Have the system ask now and then whether the other machine is still there: else it would be served for ever."""
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, name):  # macOS calls the first one otherwise
+            client.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _stays_waiting(listening: socket.socket, port: int) -> bool:

@@ -95,6 +95,8 @@ PEER_FAILS: Mapping[str, str] = MappingProxyType(
         "qwen1": "wants Qwen's own tokenizer",
         "cohere2-transformers-5": f"no rotary_pct: {_FROM_AUTO_CONFIG}",
         "deepseek3-transformers-5": "no scoring_func: softmax instead of sigmoid",
+        "exaone3": "wants activation_function, and takes the config from transformers, which calls it otherwise",
+        "olmo-first": "knows the names that transformers gives alone",
         "falcon-7b": "transformers counts as many key heads as queries, and the rows do not divide so",
         "falcon-7b-hub": "takes as many key heads as queries from the config, which the rows are not divided into",
         "falcon-h1-transformers-5": "no head_dim",

@@ -136,6 +136,125 @@ LLAMA_CONFIG: Json = {
 }
 
 
+# EXAONE 3: Llama under GPT-2's names
+
+_EXAONE_PARTS = {
+    "norm": "ln_1.weight",
+    "q": "attn.attention.q_proj.weight",
+    "k": "attn.attention.k_proj.weight",
+    "v": "attn.attention.v_proj.weight",
+    "o": "attn.attention.out_proj.weight",
+    "ffn_norm": "ln_2.weight",
+    "gate": "mlp.c_fc_0.weight",
+    "up": "mlp.c_fc_1.weight",
+    "down": "mlp.c_proj.weight",
+}
+
+
+def exaone_shapes(i: int) -> dict[str, tuple[int, ...]]:
+    sizes = llama_shapes(i)
+    return {f"transformer.h.{i}.{name}": sizes[f"model.layers.{i}.{_PARTS[p]}"] for p, name in _EXAONE_PARTS.items()}
+
+
+def exaone_block(tensors: Arrays, i: int) -> Block:
+    return {part: tensors[f"transformer.h.{i}.{name}"] for part, name in _EXAONE_PARTS.items()}
+
+
+def exaone_ends(tensors: Arrays) -> tuple[NDArray[Any], Block]:
+    embedding = tensors["transformer.wte.weight"]
+    return embedding, {"norm": tensors["transformer.ln_f.weight"], "output": embedding}
+
+
+EXAONE = Remote(
+    {
+        "model_type": "exaone",
+        "activation_function": "silu",
+        "hidden_size": HIDDEN,
+        "intermediate_size": WIDTH,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS_KV,
+        "num_layers": LAYERS,
+        "head_dim": HEAD_DIM,
+        "layer_norm_epsilon": 1e-5,
+        "max_position_embeddings": 256,
+        "rope_theta": 1000000.0,
+        "embed_dropout": 0.0,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "vocab_size": VOCABULARY["bpe"],
+    },
+    Decoder(HEADS, HEADS_KV, theta=1000000.0, eps=1e-5),
+    exaone_shapes,
+    exaone_block,
+    exaone_ends,
+    {"transformer.wte.weight": (VOCABULARY["bpe"], HIDDEN), "transformer.ln_f.weight": (HIDDEN,)},
+)
+
+
+# OLMo 1 as it came first: norms without weights, what is gated and its gate in one matrix
+
+
+def olmo_shapes(i: int) -> dict[str, tuple[int, ...]]:
+    sizes = {
+        "att_proj": (3 * HIDDEN, HIDDEN),
+        "attn_out": (HIDDEN, HIDDEN),
+        "ff_proj": (2 * WIDTH, HIDDEN),
+        "ff_out": (HIDDEN, WIDTH),
+    }
+    return {f"model.transformer.blocks.{i}.{name}.weight": size for name, size in sizes.items()}
+
+
+def olmo_block(tensors: Arrays, i: int) -> Block:
+    rows = {name.split(".")[-2]: tensors[name] for name in olmo_shapes(i)}
+    q, k, v = np.split(rows["att_proj"], 3)
+    up, gate = np.split(rows["ff_proj"], 2)
+    matrices = {"q": q, "k": k, "v": v, "o": rows["attn_out"], "gate": gate, "up": up, "down": rows["ff_out"]}
+    return {**matrices, "norm": np.ones(HIDDEN), "ffn_norm": np.ones(HIDDEN)}
+
+
+def olmo_ends(tensors: Arrays) -> tuple[NDArray[Any], Block]:
+    end = {"norm": np.ones(HIDDEN), "output": tensors["model.transformer.ff_out.weight"]}
+    return tensors["model.transformer.wte.weight"], end
+
+
+OLMO = Remote(
+    {
+        "model_type": "hf_olmo",
+        "activation_type": "swiglu",
+        "alibi": False,
+        "attention_dropout": 0.0,
+        "attention_layer_norm": False,
+        "bias_for_layer_norm": False,
+        "block_type": "sequential",
+        "d_model": HIDDEN,
+        "embedding_size": VOCABULARY["bpe"],
+        "flash_attention": True,
+        "include_bias": False,
+        "init_device": "meta",
+        "layer_norm_type": "default",
+        "layer_norm_with_affine": False,
+        "max_sequence_length": 256,
+        "mlp_hidden_size": 2 * WIDTH,
+        "mlp_ratio": 4,
+        "multi_query_attention": False,
+        "n_heads": HEADS,
+        "n_layers": LAYERS,
+        "precision": "amp_bf16",
+        "rope": True,
+        "rope_full_precision": True,
+        "scale_logits": False,
+        "vocab_size": VOCABULARY["bpe"],
+        "weight_tying": False,
+    },
+    Decoder(HEADS, HEADS, layer_norm=True, eps=1e-5),
+    olmo_shapes,
+    olmo_block,
+    olmo_ends,
+    dict.fromkeys(("model.transformer.wte.weight", "model.transformer.ff_out.weight"), (VOCABULARY["bpe"], HIDDEN)),
+)
+
+
 # Baichuan: queries, keys and values in one matrix
 
 
@@ -425,6 +544,8 @@ DEEPSEEK_CONFIG: Json = {
 MINICPM_SCALES = {"scale_emb": 3, "scale_depth": 1.4, "dim_model_base": 32}
 
 CASES: Mapping[str, Case] = {
+    "olmo-first": case("OLMoForCausalLM", OLMO, "bpe"),
+    "exaone3": case("ExaoneForCausalLM", EXAONE, "bpe"),
     "baichuan": case("BaichuanForCausalLM", BAICHUAN, "sentencepiece"),
     "baichuan-13b": case("BaichuanForCausalLM", BAICHUAN_13B, "sentencepiece"),
     "xverse": case(

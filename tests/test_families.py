@@ -74,7 +74,6 @@ def test_sparse_attention_is_said_to_be_computed_as_dense() -> None:
 
 WITHOUT_CASE = {
     "Gemma3nForConditionalGeneration": "its text part is that of Gemma3nForCausalLM",
-    "OLMoForCausalLM": "transformers has it as OlmoForCausalLM",
     "PhimoeForCausalLM": "transformers' name of PhiMoEForCausalLM",
 }
 

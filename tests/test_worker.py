@@ -25,6 +25,7 @@ from runner.devices import devices as all_devices
 from runner.engine import local
 from runner.engine.protocol import LoadOptions, Message, Sampling
 from runner.engine.supervised import SupervisedEngine
+from runner.worker import _is_connected, _notice_when_gone, _sockets
 from runner.worker_cache import forget_what_is_cut, trim_cache
 from tests.test_isolated import is_alive
 
@@ -398,3 +399,13 @@ def test_a_chat_goes_on_when_a_worker_goes(starter_model: Path, tmp_path: Path, 
     assert (lines[-1]["device"], lines[-1]["generated_tokens"]) == ("CPU", 30)
     notices = [line["notice"] for line in lines if "notice" in line]
     assert "was lost" in notices[0]
+
+
+def test_a_client_whose_machine_is_gone_is_noticed() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
+        served, _ = server.accept()
+        with served:
+            assert [s.getpeername() for s in _sockets(server.getsockname()[1]) if _is_connected(s)]
+            _notice_when_gone(served)
+            assert served.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            assert not client.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)

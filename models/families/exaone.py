@@ -1,8 +1,20 @@
-"""EXAONE 4 and Seed-OSS."""
+"""EXAONE 3 and 4, and Seed-OSS."""
 
 from models.families import ModelFamily
-from models.families.keys import integer, sliding_pattern
+from models.families.keys import absent, head_dim, integer, number, sliding_pattern
 from models.hparams import Hparams
+
+# The code beside its checkpoints
+EXAONE3 = ModelFamily(
+    architectures=("ExaoneForCausalLM",),
+    gguf_arch="exaone",
+    defaults={"max_position_embeddings": 2048, "layer_norm_eps": 1e-5, "rope_theta": 10000.0},
+    keys={
+        "attention.layer_norm_epsilon": absent,
+        "attention.layer_norm_rms_epsilon": number("layer_norm_eps"),
+        "rope.dimension_count": head_dim,
+    },
+)
 
 
 def _windows(hparams: Hparams) -> tuple[object, ...]:

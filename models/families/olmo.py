@@ -4,7 +4,53 @@ from dataclasses import replace
 
 from models.families import ModelFamily
 from models.families.keys import fixed, integer, number, sliding_pattern
-from models.families.passes import interleaved_rope
+from models.families.passes import halves, interleaved_rope, rename, split
+from models.hparams import Hparams
+
+_FIRST = r"model\.transformer\."
+_BLOCK, _LAYER = rf"{_FIRST}blocks\.(\d+)\.", r"model.layers.\1."
+
+
+def _queries_keys_values(hparams: Hparams) -> list[tuple[str, int]]:
+    counts = {"q": hparams.n_heads, "k": hparams.n_heads_kv, "v": hparams.n_heads_kv}
+    return [(f"{_LAYER}self_attn.{part}_proj.weight", n * hparams.head_dim) for part, n in counts.items()]
+
+
+def _both_halves(hparams: Hparams) -> int:
+    """Rows of the matrix that is split into what is gated and the gate."""
+    by_ratio = hparams.integer("mlp_ratio") * hparams.integer("hidden_size")
+    return hparams.integer("mlp_hidden_size") if hparams.has("mlp_hidden_size") else by_ratio
+
+
+# The code beside its first checkpoints (hf_olmo), with names of its own
+_OLMO_FIRST = ModelFamily(
+    architectures=(),
+    gguf_arch="olmo",
+    defaults={"max_position_embeddings": 1024, "rope_theta": 10000.0, "mlp_ratio": 4, "weight_tying": True},
+    aliases={"tie_word_embeddings": "weight_tying"},
+    requires={
+        "activation_type": ("swiglu",),
+        "rope": (True,),
+        "block_type": (None, "sequential"),
+        "layer_norm_type": (None, "default"),
+        "layer_norm_with_affine": (False,),
+    },
+    keys={
+        "attention.layer_norm_epsilon": fixed(1e-5),
+        "attention.clamp_kqv": number("clip_qkv"),
+        "feed_forward_length": lambda hparams: _both_halves(hparams) // 2,
+    },
+    passes=(
+        rename(rf"{_FIRST}wte\.weight", "model.embed_tokens.weight"),
+        rename(rf"{_FIRST}ff_out\.weight", "lm_head.weight"),
+        split(rf"{_BLOCK}att_proj\.weight", _queries_keys_values),
+        halves(rf"{_BLOCK}ff_proj\.weight", f"{_LAYER}mlp.up_proj.weight", f"{_LAYER}mlp.gate_proj.weight"),
+        rename(rf"{_BLOCK}attn_out\.weight", f"{_LAYER}self_attn.o_proj.weight"),
+        rename(rf"{_BLOCK}ff_out\.weight", f"{_LAYER}mlp.down_proj.weight"),
+        *interleaved_rope(),
+    ),
+    ignored=("embedding_size", "precision", "rope_full_precision"),
+)
 
 # transformers, OlmoConfig; its norms have no weights
 OLMO = ModelFamily(
@@ -13,6 +59,7 @@ OLMO = ModelFamily(
     defaults={"max_position_embeddings": 2048, "rope_theta": 10000.0},
     keys={"attention.layer_norm_epsilon": fixed(1e-5), "attention.clamp_kqv": number("clip_qkv")},
     passes=interleaved_rope(),
+    variant=lambda hparams: _OLMO_FIRST if hparams.has("activation_type") else None,
 )
 
 # transformers, Olmo2Config
