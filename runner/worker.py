@@ -191,7 +191,7 @@ def _attend(lent: Lent, chosen: Sequence[devices.Device]) -> None:
     listening = None
     while listening is None:
         time.sleep(0.02)
-        listening = next((s for s in _sockets(lent.port) if _listens(s)), None)
+        listening = next((found.dup() for found in _sockets(lent.port) if _listens(found)), None)
     what = ", ".join(f"{device.name} ({human_bytes(devices.free_memory(device.name))})" for device in chosen)
     send(f"lending {what} at {lent.host}:{lent.port}")
     if sys.platform == "win32":
@@ -228,17 +228,20 @@ def _stays_waiting(listening: socket.socket, port: int) -> bool:
 
 
 def _sockets(port: int) -> Iterator[socket.socket]:
-    """The sockets of this process at `port`: llama.cpp gives none of its own away."""
+    """The sockets of this process at `port`, each until the next: llama.cpp gives none of its own away.
+
+    A connection lasts as long as somebody has it open.
+    """
     if sys.platform == "win32":
-        with suppress(OSError):
-            yield socket.create_connection(("127.0.0.1", port), timeout=1)
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1) as found:
+            yield found
         return
     for entry in Path("/dev/fd").iterdir():
         with suppress(OSError, ValueError):
             if stat.S_ISSOCK(os.fstat(int(entry.name)).st_mode):
-                found = socket.socket(fileno=os.dup(int(entry.name)))
-                if found.family == socket.AF_INET and found.getsockname()[1] == port:
-                    yield found
+                with socket.socket(fileno=os.dup(int(entry.name))) as found:
+                    if found.family == socket.AF_INET and found.getsockname()[1] == port:
+                        yield found
 
 
 def _listens(found: socket.socket) -> bool:

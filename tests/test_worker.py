@@ -405,7 +405,8 @@ def test_a_client_whose_machine_is_gone_is_noticed() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
         served, _ = server.accept()
         with served:
-            assert [s.getpeername() for s in _sockets(server.getsockname()[1]) if _is_connected(s)]
+            port = server.getsockname()[1]
+            assert [found.getpeername() for found in _sockets(port) if _is_connected(found)] == [client.getsockname()]
             _notice_when_gone(served)
             assert served.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
             assert not client.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)

@@ -240,6 +240,8 @@ def _rollback(gguf: GgufFile, spare: int | None) -> int:
     """Tokens that a recurrent model may compute on trial: each costs a copy of its state."""
     arch = gguf.architecture
     width, height = (gguf.integer(f"{arch}.ssm.{key}") or 0 for key in ("inner_size", "state_size"))
+    if not height and not gguf.integer(f"{arch}.shortconv.l_cache"):
+        return 0  # it is not recurrent
     state = placement.block_count(gguf) * width * height * 4  # an upper bound: of every block, in F32
     room = (spare or 0) // _SPARE_SHARE
     return next((n for n in _ROLLBACKS if n * state <= room), 0)
