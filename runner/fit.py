@@ -97,7 +97,7 @@ class Fitter:
         """
         available = devices.offload_devices(self._devices) if options.gpu_layers != 0 else []
         n_ctx, chosen = choose_context(gguf, options, offload=bool(available))
-        notes = [*self._notes, *chosen, *_tuned(options)]
+        notes = [*self._notes, *chosen]
         wish = wish_of(n_ctx, options)
         placed = self._asked.place(gguf, available, wish, repack=options.repack)
         if not available and options.gpu_layers != 0 and not options.workers:
@@ -173,14 +173,6 @@ class Fitter:
                 gains[what] = gain, text
         best_first = sorted(gains.items(), key=lambda item: -item[1][0])
         return [f"{what}: {text}" for what, (_, text) in best_first]
-
-
-def _tuned(options: LoadOptions) -> list[str]:
-    """A line on settings that are not the plan's own."""
-    said = [f"{options.batch} tokens at once"] if options.batch else []
-    said += [f"{options.batch_threads} threads for prompts"] if options.batch_threads else []
-    said += ["no flash attention"] if options.flash_attention is False else []
-    return [f"tuned: {', '.join(said)}"] if said else []
 
 
 def _gain(before: Placement, after: Placement) -> tuple[int, str]:

@@ -54,14 +54,19 @@ class Tuned:
 
 def with_tuned(path: Path, options: LoadOptions) -> LoadOptions:
     """`options`, and for what they leave open what was found to be fastest for this model here."""
+    return _applied(options, tuned_for(path, options))
+
+
+def tuned_for(path: Path, options: LoadOptions) -> Tuned:
+    """What was found to be fastest for this model here, of what `options` leave open."""
     if not _file().exists():
-        return options
+        return Tuned()
     found = _kept().get(_key(path, options))
     try:
-        tuned = Tuned(**found) if isinstance(found, dict) else Tuned()
+        tuned = _checked(Tuned(**found)) if isinstance(found, dict) else Tuned()
     except TypeError:  # written by another release
-        return options
-    return _applied(options, _checked(tuned))
+        return Tuned()
+    return Tuned(**{name: value for name, value in asdict(tuned).items() if getattr(options, name) in (None, "auto")})
 
 
 def tune(
@@ -126,11 +131,7 @@ def _told(tuned: Tuned, threads: int) -> Tuned:
 
 
 def _applied(options: LoadOptions, tuned: Tuned) -> LoadOptions:
-    given: dict[str, Any] = {
-        name: value
-        for name, value in asdict(tuned).items()
-        if value is not None and getattr(options, name) in (None, "auto")
-    }
+    given: dict[str, Any] = {name: value for name, value in asdict(tuned).items() if value is not None}
     return replace(options, **given)
 
 

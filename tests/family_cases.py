@@ -15,6 +15,7 @@ from tests import (
     family_cases_older,
     family_cases_recurrent,
     family_cases_remote,
+    family_cases_renamed,
     family_cases_variants,
 )
 from tests.family_checkpoints import Case, Refusal
@@ -29,6 +30,7 @@ _MODULES = (
     family_cases_older,
     family_cases_multimodal,
     family_cases_remote,
+    family_cases_renamed,
     family_cases_hub,
     family_cases_variants,
 )

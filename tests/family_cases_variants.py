@@ -11,10 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests import family_cases_remote as remote
+from tests import family_cases_renamed as renamed
+from tests import remote_family
 from tests.family_cases_dense import longrope
-from tests.family_cases_remote import BPE, HEAD_DIM, HEADS, HIDDEN, LAYERS, SPM, Arrays, Remote, case
 from tests.family_checkpoints import Case, Refusal
 from tests.numpy_decoder import Block, Decoder
+from tests.remote_family import BPE, HEAD_DIM, HEADS, HIDDEN, LAYERS, SPM, Arrays, Remote, case
 
 # MPT: GPT-2's network, keys and values shared by groups, or learned positions and biases
 
@@ -111,7 +113,7 @@ def mpt(heads_kv: int, decoder: Decoder, attention: dict[str, Any], *, biases: b
 # GLM-4-9B: the code of ChatGLM 3 with another base frequency
 
 GLM_4 = {
-    **remote.CHATGLM_CONFIG,
+    **renamed.CHATGLM_CONFIG,
     "classifier_dropout": None,
     "fp32_residual_connection": False,
     "layernorm_epsilon": 1.5625e-07,
@@ -127,7 +129,7 @@ def minicpm(*, original: int, scale: float) -> Case:
     del rope["rope_theta"], rope["factor"]
     factors = rope["long_factor" if original < 256 else "short_factor"]
     config = {
-        **remote.LLAMA_CONFIG,
+        **remote_family.LLAMA_CONFIG,
         **remote.MINICPM_SCALES,
         "rope_scaling": {**rope, "original_max_position_embeddings": original},
         "mup_denominator": 32,
@@ -137,7 +139,7 @@ def minicpm(*, original: int, scale: float) -> Case:
     del config["tie_word_embeddings"]
     decoder = Decoder(
         HEADS,
-        remote.HEADS_KV,
+        remote_family.HEADS_KV,
         factors=factors,
         rope_scale=scale,
         embedding_scale=3,
@@ -149,8 +151,8 @@ def minicpm(*, original: int, scale: float) -> Case:
         embedding = tensors["model.embed_tokens.weight"]
         return embedding, {"norm": tensors["model.norm.weight"], "output": embedding}
 
-    outside = {name: size for name, size in remote.outside(SPM).items() if "lm_head" not in name}
-    one = Remote(config, decoder, remote.llama_shapes, remote.llama_block, ends, outside)
+    outside = {name: size for name, size in remote_family.outside(SPM).items() if "lm_head" not in name}
+    one = Remote(config, decoder, remote_family.llama_shapes, remote_family.llama_block, ends, outside)
     return case("MiniCPMForCausalLM", one, "sentencepiece")
 
 
@@ -188,12 +190,12 @@ CASES: Mapping[str, Case] = {
         "InternLM2ForCausalLM",
         Remote(
             {
-                **remote.LLAMA_CONFIG,
+                **remote_family.LLAMA_CONFIG,
                 "attn_implementation": "eager",
                 "bias": False,
                 "rope_scaling": {"type": "dynamic", "factor": 2.0},
             },
-            Decoder(HEADS, remote.HEADS_KV),
+            Decoder(HEADS, remote_family.HEADS_KV),
             remote.internlm_shapes,
             remote.internlm_block,
             remote.internlm_ends,
@@ -231,10 +233,10 @@ CASES: Mapping[str, Case] = {
         "ChatGLMForConditionalGeneration",
         Remote(
             GLM_4,
-            Decoder(HEADS, remote.HEADS_KV, rope="pairs", rotary_dim=HEAD_DIM // 2, theta=5e6, eps=1.5625e-07),
-            remote.chatglm_shapes,
-            remote.chatglm_block,
-            remote.chatglm_ends,
+            Decoder(HEADS, remote_family.HEADS_KV, rope="pairs", rotary_dim=HEAD_DIM // 2, theta=5e6, eps=1.5625e-07),
+            renamed.chatglm_shapes,
+            renamed.chatglm_block,
+            renamed.chatglm_ends,
             {
                 "transformer.embedding.word_embeddings.weight": (BPE, HIDDEN),
                 "transformer.encoder.final_layernorm.weight": (HIDDEN,),

@@ -64,7 +64,7 @@ def serve(endpoint: str, memory: int) -> None:
         ctypes.c_size_t,
         ctypes.c_void_p,
     ]
-    rpc.ggml_backend_rpc_start_server(endpoint.encode(), None, 1 if memory else 2, 1, cpu)
+    rpc.ggml_backend_rpc_start_server(endpoint.encode(), None, 1, 1, cpu)
 
 
 def _address_space() -> int:

@@ -25,6 +25,7 @@ from runner.engine.context import Context
 from runner.engine.context_params import ContextOptions
 from runner.engine.local import LocalEngine, load
 from runner.engine.protocol import LoadOptions, Message, Sampling
+from runner.placement import Split
 from tests.checkpoints import tiny_checkpoint, write_tiny_tokenizer
 from tests.memory_models import write_model
 
@@ -204,10 +205,10 @@ def test_what_only_saves_time_gives_way_to_memory(tmp_path: Path, monkeypatch: p
     """Copies of a state to go back to, where llama.cpp finds no room for them."""
     attempt = loading._attempt
 
-    def full(path: Path, split: object, settings: ContextOptions, *args: Any, **kwargs: Any) -> Any:
+    def full(path: Path, split: Split, settings: ContextOptions, *args: Any, **kwargs: Any) -> Any:
         if settings.rollback:
             raise LoadError("llama.cpp cannot make a context: failed to allocate buffer")
-        return attempt(path, split, settings, *args, **kwargs)  # type: ignore[arg-type]
+        return attempt(path, split, settings, *args, **kwargs)
 
     model = write_model("hybrid", tmp_path)
     with load(model, OPTIONS) as engine:

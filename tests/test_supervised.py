@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,9 +28,9 @@ MESSAGES = [Message("user", "Name three rivers.")]
 LISTING = r'root ::= ([0-9] ". " [A-Za-z ]+ "\n")+'
 
 
-def options(*workers: str, **more: object) -> LoadOptions:
+def options(*workers: str, **more: Any) -> LoadOptions:
     # Weights laid out anew for the CPU round otherwise: a reply that goes on there could go another way.
-    return LoadOptions(context=512, workers=workers, cache=0, repack=False, threads=2, **more)  # type: ignore[arg-type]
+    return LoadOptions(context=512, workers=workers, cache=0, repack=False, threads=2, **more)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +137,8 @@ def test_a_reply_that_nobody_reads_on_gives_way(starter_model: Path, expected: s
         with pytest.raises(GenerationError, match="still being generated"):
             engine.chat(MESSAGES, GREEDY)
         assert engine.encode_text("Hello") == [19556]
-        chunks.close()  # type: ignore[attr-defined]
+        assert isinstance(chunks, Generator)
+        chunks.close()
         assert text_of(engine.chat(MESSAGES, GREEDY)) == expected
 
 

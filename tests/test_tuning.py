@@ -165,7 +165,7 @@ def test_a_real_model(
     with start.load(starter_model, LoadOptions(context=512, gpu_layers=0)) as engine:
         assert (engine.info.batch, engine.info.threads) == (64, 1)
     assert cli.main(["fit", str(starter_model), "-c", "512", "-g", "0"]) == 0
-    assert "note: tuned: 64 tokens at once" in capsys.readouterr().out
+    assert "note: tuned: threads 1, batch 64" in capsys.readouterr().out
 
 
 def test_other_batches_and_no_flash_attention_compute_the_same(starter_model: Path) -> None:

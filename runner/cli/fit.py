@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from runner import rpc
     from runner.fit import Fitter
     from runner.planner import planner
-    from runner.tuning import with_tuned
+    from runner.tuning import Tuned, tuned_for, with_tuned
 
     native.set_verbose(args.verbose)
     workers, left_out = rpc.reachable(args.worker)
@@ -66,8 +66,10 @@ def run(args: argparse.Namespace) -> int:
     if args.tune:
         _tune(args)
     with resolved_header(args.model) as path, planner(endpoints) as asked:
+        tuned = tuned_for(path, load_options(args))
+        notes = [*left_out, *([f"tuned: {tuned}"] if tuned != Tuned() else [])]
         options = with_tuned(path, load_options(args))
-        found = Fitter(asked, left_out).fit(check_model_file(path), options, _types())
+        found = Fitter(asked, notes).fit(check_model_file(path), options, _types())
         if args.json:
             print(json_line(report(found)))
         else:
@@ -129,11 +131,13 @@ def _types() -> Mapping[str, float]:
 def _ranked(args: argparse.Namespace, fitter: Fitter) -> Iterator[tuple[str, Fit | HandmillError]]:
     """Every model of the library: those that fit, the fastest first; those that do not; those that cannot be read."""
     from models.gguf_parts import check_model_file
+    from runner.tuning import with_tuned
 
     found: list[tuple[str, Fit | HandmillError]] = []
     for model in library.list_models():
         try:
-            found.append((model.name, fitter.fit(check_model_file(model.path), load_options(args))))
+            options = with_tuned(model.path, load_options(args))
+            found.append((model.name, fitter.fit(check_model_file(model.path), options)))
         except HandmillError as error:
             found.append((model.name, error))
 

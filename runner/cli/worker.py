@@ -90,6 +90,6 @@ def _address(listen: str, *, insecure: bool) -> tuple[str, int]:
         way = f"Listen at 127.0.0.1:{port}, and on the other machine run `{tunnel}` and use --worker 127.0.0.1:{port}"
         if not insecure:
             raise UsageError(f"{host} can be reached from other machines, and {told}", hint=f"{way}; or --insecure.")
-        _say(f"warning: {told}.\n".strip())
+        _say(f"warning: {told}.")
         _say(f"{way}.")
     return host, port

@@ -24,6 +24,8 @@ class Facts:
     info: ModelInfo
     has_chat_template: bool
     default_sampling: Sampling
+    workers: tuple[str, ...]
+    """Those that hold layers."""
 
 
 def load(path: Path, options: LoadOptions) -> Facts:
@@ -32,7 +34,10 @@ def load(path: Path, options: LoadOptions) -> Facts:
 
     engine = local.load(path, options, send)
     _engines.append(engine)
-    return Facts(engine.info, engine.has_chat_template, engine.default_sampling)
+    info = engine.info
+    # llama.cpp describes a device of another machine by its address
+    used = tuple(endpoint for endpoint in options.workers if f"({endpoint})" in info.device)
+    return Facts(info, engine.has_chat_template, engine.default_sampling, used)
 
 
 def encode_text(text: str) -> list[int]:

@@ -18,8 +18,8 @@ _LOST_AFTER = 4.0
 class Lookout:
     """Asks when it is woken, in a thread of its own.
 
-    Only a worker of ours tells a second client anything. Of another server, and of one that never answered, it says
-    nothing.
+    Only a worker of ours tells a second client that it is in use. Of another server nothing is known, nor of one that
+    never said so.
     """
 
     def __init__(self, endpoints: Sequence[str]) -> None:
@@ -30,7 +30,6 @@ class Lookout:
         self._ended = False
         if endpoints:
             threading.Thread(target=self._watch, name="handmill-lookout", daemon=True).start()
-            self.wake()
 
     def wake(self) -> None:
         self._woken.set()
@@ -40,7 +39,7 @@ class Lookout:
         now = time.monotonic()
         return next((e for e, since in list(self._silent_since.items()) if now - since > _LOST_AFTER), None)
 
-    def end(self) -> None:
+    def close(self) -> None:
         self._ended = True
         self.wake()
 
@@ -48,13 +47,20 @@ class Lookout:
         while self._woken.wait() and not self._ended:
             self._woken.clear()
             for endpoint in self._endpoints:
-                began = time.monotonic()
-                if is_alive(endpoint):
-                    self._answers.add(endpoint)
-                    self._silent_since.pop(endpoint, None)
-                elif endpoint in self._answers:
-                    self._silent_since.setdefault(endpoint, began)
+                self._look(endpoint)
             time.sleep(_PAUSE)
+
+    def _look(self, endpoint: str) -> None:
+        began = time.monotonic()
+        try:
+            greet(endpoint, _ANSWER_SECONDS)
+        except InUse:
+            self._answers.add(endpoint)
+        except LoadError:
+            if endpoint in self._answers:
+                self._silent_since.setdefault(endpoint, began)
+            return
+        self._silent_since.pop(endpoint, None)
 
 
 def is_alive(endpoint: str) -> bool:

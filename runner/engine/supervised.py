@@ -11,8 +11,9 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
+from math import inf
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -44,6 +45,8 @@ _SILENCE = 1.0
 """Seconds after which workers are asked whether they are still there."""
 _STOPS_WITHIN = 0.2
 """Seconds after which a reply that was cancelled ends here, whatever the device still computes."""
+_LOAD_SILENCE = 5.0
+"""The same while a model is loaded: what connects to a worker then should find it free."""
 _LOAD_SECONDS = 300
 """Between two signs of a load: a large tensor over a slow line."""
 _CLOSE_SECONDS = 60
@@ -81,18 +84,62 @@ class _Process:
     def __init__(self, path: Path, options: LoadOptions, progress: LoadProgress | None) -> None:
         self._stack = ExitStack()
         self.apart: Isolated = self._stack.enter_context(isolation("runner.engine.child", loud=options.verbose))
+        self._lookout = self._stack.enter_context(closing(Lookout(options.workers)))
         self.options = options
         try:
-            heard = progress or (lambda share: None)
-            self.facts: Facts = self.apart.call(child.load, path, options, seconds=_LOAD_SECONDS, heard=heard)
+            self.facts = self._load(path, progress or (lambda share: None))
+            self._lookout = self._stack.enter_context(closing(Lookout(self.facts.workers)))
+            self._lookout.wake()
         except BaseException:
             self.end()
             raise
-        self.lookout = Lookout(options.workers if self.facts.info.gpu_layers else ())
-        self._stack.callback(self.lookout.end)
+
+    @property
+    def gpu_layers(self) -> int:
+        return self.facts.info.gpu_layers
 
     def end(self) -> None:
         self._stack.close()
+
+    def sign_of_life(
+        self, seconds: float, given_up: Callable[[], bool] = lambda: False, *, silence: float = _SILENCE
+    ) -> tuple[Kind, Any, float]:
+        """What is heard next, and after how many seconds; while this one is stopped (Ctrl-Z), none pass.
+
+        After a `silence` workers are asked whether they are still there. Raises Ended, also after `seconds` or when a
+        worker hangs, and Silent when it was `given_up`.
+        """
+        waited = 0.0
+        while True:
+            began = time.monotonic()
+            try:
+                if given_up():
+                    raise Silent
+                kind, value = self.apart.hear(_LOOK_EVERY)
+                return kind, value, waited + min(time.monotonic() - began, _LOOK_EVERY)
+            except Silent:
+                waited += _LOOK_EVERY
+                if given_up():
+                    raise
+                if waited > silence:
+                    self._lookout.wake()
+                    if (away := self._lookout.lost()) is not None:
+                        raise Ended(f"worker {away} no longer answers") from None
+                if waited > seconds:
+                    raise Ended(f"nothing came from it for {waited:.0f} s") from None
+
+    def _load(self, path: Path, progress: LoadProgress) -> Facts:
+        self.apart.ask(child.load, path, self.options)
+        known = False
+        while True:
+            kind, value, _ = self.sign_of_life(_LOAD_SECONDS, silence=_LOAD_SILENCE)
+            if kind is Kind.END:
+                facts: Facts = value
+                return facts
+            if not known:  # weights are on their way: whoever takes some says now that it is in use
+                known = True
+                self._lookout.wake()
+            progress(value)
 
 
 class SupervisedEngine:
@@ -113,7 +160,8 @@ class SupervisedEngine:
         self._waits = options.when_busy == "wait"
         self._turn = Turn()
         self._patience = patience or Patience()
-        self._cancelled = self._closed = self._tried_again = False
+        self._closed = self._tried_again = False
+        self._cancelled_at: float | None = None
         self._running: list[_Process] = []
         self._free = weakref.finalize(self, _end_all, self._running)
         notes: list[str] = []
@@ -168,7 +216,7 @@ class SupervisedEngine:
 
     def cancel(self) -> None:
         """Stop a running generation soon, from any thread."""
-        self._cancelled = True
+        self._cancelled_at = time.monotonic()
         for process in self._running:
             process.apart.tell(child.cancel)
 
@@ -220,7 +268,7 @@ class SupervisedEngine:
 
     def _reply(self, function: Callable[..., object], *args: object) -> Iterator[GenerationChunk]:
         with self._turn.taken(wait=self._waits):
-            self._cancelled = self._tried_again = False
+            self._cancelled_at, self._tried_again = None, False
             given: list[int] = []
             before = stats = GenerationStats()
             while True:
@@ -258,38 +306,19 @@ class SupervisedEngine:
         """
         process, tokens = self._process, 1
         while True:
-            kind, value = self._sign_of_life(process, tokens)
+            # a CPU may be slow, and does not hang
+            seconds = self._patience.seconds(tokens) if process.gpu_layers else inf
+            kind, value, waited = process.sign_of_life(seconds, self._given_up)
+            self._patience.waited(waited, tokens)
             if kind is Kind.END:
                 return
             tokens = value if kind is Kind.WORKING else 1
             if kind is Kind.PIECE:
                 yield value
 
-    def _sign_of_life(self, process: _Process, tokens: int) -> tuple[Kind, Any]:
-        """What is heard next, while so many `tokens` are computed."""
-        apart, lookout, patience = process.apart, process.lookout, self._patience
-        waited = since_cancel = 0.0  # in looks: while this process is stopped (Ctrl-Z), nothing counts
-        while True:
-            began = time.monotonic()
-            try:
-                if self._closed:
-                    raise Silent
-                found = apart.hear(_LOOK_EVERY)
-                patience.waited(waited + min(time.monotonic() - began, _LOOK_EVERY), tokens)
-                return found
-            except Silent:
-                waited += _LOOK_EVERY
-                since_cancel = since_cancel + _LOOK_EVERY if self._cancelled else 0.0
-                if self._closed or since_cancel >= _STOPS_WITHIN:
-                    raise
-                if not process.facts.info.gpu_layers:  # a CPU may be slow, and does not hang
-                    continue
-                if waited > _SILENCE:
-                    lookout.wake()
-                    if (away := lookout.lost()) is not None:
-                        raise Ended(f"worker {away} no longer answers") from None
-                if waited > patience.seconds(tokens):
-                    raise Ended(f"nothing came from it for {waited:.0f} s") from None
+    def _given_up(self) -> bool:
+        late = self._cancelled_at is not None and time.monotonic() - self._cancelled_at > _STOPS_WITHIN
+        return self._closed or late
 
     def _recovered(self, lost: Ended | GenerationError) -> Iterator[str]:
         """Load again with less, and say so. Raises GenerationError where nothing is left to try."""
