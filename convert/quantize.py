@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convert.file_types import FileType
+from convert.releases import known_architectures, too_old
 from models.errors import ConversionFailed, TensorError, UnsupportedError
 from models.gguf_types import TENSOR_TYPES
 from models.native import capture_log, cpu_model_params, library, run_interruptibly, shared_library
@@ -29,6 +30,7 @@ _DRY_RUN = re.compile(
 )
 _NEEDS_MATRIX = "will require an imatrix"
 _LOADING = re.compile(r"create_tensor: loading tensor (?P<name>\S+)")
+_UNKNOWN = re.compile(r"unknown model architecture: '(?P<name>[^']+)'")
 _MISSING = re.compile(r"tensor '(?P<name>[^']+)' not found")
 _WRONG_SHAPE = re.compile(r"tensor '(?P<name>[^']+)' has wrong shape; expected (?P<expected>[^;]+?), got (?P<got>.*)")
 
@@ -122,7 +124,7 @@ def choose_tensor_types(hollow: Path, file_type: FileType, n_tensors: int) -> di
 def check_structure(hollow: Path, source_names: Mapping[str, str]) -> None:
     """Let llama.cpp look for every tensor that the architecture has, and hold its shape against the config.
 
-    `source_names`: GGUF name -> name in the checkpoint. Raises TensorError, ConversionFailed.
+    `source_names`: GGUF name -> name in the checkpoint. Raises TensorError, UnsupportedError, ConversionFailed.
     """
     lib = library()
     params = cpu_model_params()
@@ -158,6 +160,8 @@ def check_structure(hollow: Path, source_names: Mapping[str, str]) -> None:
                     hint="The weights are of a variant of this architecture.",
                     tensor=source,
                 )
+    if (unknown := _UNKNOWN.search(said)) and unknown["name"] in known_architectures():
+        raise too_old("llama-cpp-python", unknown["name"])
     raise ConversionFailed(f"llama.cpp does not take this model: {said}")
 
 

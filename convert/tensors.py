@@ -9,9 +9,10 @@ from typing import Any
 
 import gguf
 
+from convert.releases import too_old
 from convert.rope_factors import rope_tensors
 from convert.stored import check_readable
-from models.errors import TensorError, UnsupportedError
+from models.errors import TensorError
 from models.families import ModelFamily
 from models.families.passes import stack_experts, without_other_parts
 from models.hparams import Hparams
@@ -123,11 +124,7 @@ def _architecture(family: ModelFamily) -> Any:
     for arch, name in gguf.MODEL_ARCH_NAMES.items():
         if name == family.gguf_arch:
             return arch
-    raise UnsupportedError(
-        f"the installed gguf does not know the architecture {family.gguf_arch!r}",
-        hint="Install a newer one: pip install --upgrade gguf",
-        architecture=family.gguf_arch,
-    )
+    raise too_old("gguf", family.gguf_arch)
 
 
 def _check_ends(plans: Mapping[str, TensorPlan], hparams: Hparams) -> None:

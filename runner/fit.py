@@ -11,7 +11,7 @@ from models.text import human_bytes
 from runner import devices
 from runner.bandwidth import DeviceSpeed
 from runner.devices import Device
-from runner.engine.loading import choose_context, choose_window, spare_memory, wish_of
+from runner.engine.loading import choose_context, choose_window, spare_beside, wish_of
 from runner.engine.protocol import LoadOptions
 from runner.engine.threads import default_threads
 from runner.placement import CPU, Buffers, Placement, bytes_per_token, bytes_sent
@@ -102,8 +102,7 @@ class Fitter:
         placed = self._asked.place(gguf, available, wish, repack=options.repack)
         if not available and options.gpu_layers != 0 and not options.workers:
             notes.append(devices.why_no_gpu())
-        if not placed.gpu_layers:
-            placed = self._with_whole_window(gguf, placed, options, notes)
+        placed = self._with_whole_window(gguf, placed, options, spare_beside(gguf, placed, available, wish), notes)
         kind = max(gguf.bytes_by_type(), key=gguf.bytes_by_type().__getitem__, default="F16")
         threads = options.threads or default_threads()
         read = bytes_per_token(gguf, placed.split)
@@ -121,11 +120,11 @@ class Fitter:
         return replace(found, advice=self._advice(found, available, wish, types or {}))
 
     def _with_whole_window(
-        self, gguf: GgufFile, placed: Placement, options: LoadOptions, notes: list[str]
+        self, gguf: GgufFile, placed: Placement, options: LoadOptions, spare: int | None, notes: list[str]
     ) -> Placement:
-        """As a load on the CPU does it: the whole cache is kept where there is memory for it."""
+        """As a load does it: the whole cache is kept where there is memory for it."""
         settings = placed.settings
-        whole_window, said = choose_window(gguf, settings.n_ctx, settings.kv_types, spare_memory(gguf))
+        whole_window, said = choose_window(gguf, settings.n_ctx, settings.kv_types, spare)
         notes += said
         if not whole_window:
             return placed

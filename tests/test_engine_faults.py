@@ -216,5 +216,7 @@ def test_what_only_saves_time_gives_way_to_memory(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(loading, "_attempt", full)
     with load(model, OPTIONS) as engine:
         assert engine.context.most_drafted == 0
-        assert engine.info.notes == ("there is no memory to guess ahead with; tried again without",)
+        assert engine.info.notes == (
+            "there is no memory for what only saves time (guesses, a whole window); tried without",
+        )
         assert list(engine.generate(PROMPT, Sampling(temperature=0, max_tokens=4)))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
 from collections.abc import Generator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 
 from models import isolated
 from models.errors import ContextOverflow, GenerationError, LoadError, ModelFileError
+from runner.cli import main as cli
 from runner.devices import backends
 from runner.engine import local
 from runner.engine.protocol import GenerationChunk, LoadOptions, Message, Sampling
@@ -247,3 +250,21 @@ def test_waiting_for_its_turn(starter_model: Path, expected: str) -> None:
         for thread in threads:
             thread.join()
     assert said == [expected] * 3
+
+
+def test_whether_a_whole_window_is_kept_is_decided_by_the_memory_of_the_device(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_model("window", tmp_path)
+    kept = {}
+    with rpc_server() as endpoint:
+        for layers in ("auto", 1):  # with 1 the others found no room, as far as anybody knows
+            with SupervisedEngine(model, replace(options(endpoint, gpu_layers=layers), context=4096)) as engine:
+                (said,) = [note for note in engine.info.notes if note.startswith("sliding window")]
+            assert cli.main(["fit", str(model), "--json", "-c", "4096", "-g", str(layers), "--worker", endpoint]) == 0
+            found = json.loads(capsys.readouterr().out)
+            assert said in found["notes"]
+            kept[layers] = said, sum(device["kv"] for device in found["devices"])
+    assert "the whole cache is kept" in kept["auto"][0]
+    assert "only the window is kept" in kept[1][0]
+    assert kept["auto"][1] > kept[1][1]

@@ -31,7 +31,7 @@ from runner.engine.speculation import BatchSeconds, Speculation
 from runner.engine.state_files import DEFAULT_LIMIT, StateFiles, model_key
 from runner.engine.threads import default_threads
 from runner.placement import DEFAULT_KV_TYPES, Placement, Settings, Split
-from runner.placing import Wish, place_with_room_to_spare, place_without_asking
+from runner.placing import Wish, place_with_room_to_spare, place_without_asking, rooms
 from runner.planner import planner
 
 UNKNOWN_CONTEXT = 8192
@@ -85,10 +85,9 @@ def load_file(path: Path, options: LoadOptions, progress: LoadProgress | None) -
 
     plan, available = _plan(gguf, n_ctx, options, notes)
     split, n_ctx, kv_types = plan.split, plan.settings.n_ctx, plan.settings.kv_types
-    whole_window = False
-    if not plan.gpu_layers:
-        whole_window, said = choose_window(gguf, n_ctx, kv_types, spare)
-        notes += said
+    beside = spare_beside(gguf, plan, available, wish_of(n_ctx, options))
+    whole_window, said = choose_window(gguf, n_ctx, kv_types, beside)
+    notes += said
     # Copies of a state, and a head of the model's own, are for memory that no layer needs.
     spares = not plan.gpu_layers or plan.is_all
     settings = ContextOptions(
@@ -100,7 +99,7 @@ def load_file(path: Path, options: LoadOptions, progress: LoadProgress | None) -
         type_k=placement.KV_TYPES[kv_types[0]][0],
         type_v=placement.KV_TYPES[kv_types[1]][0],
         whole_window=whole_window,
-        rollback=_rollback(gguf, spare) if spares and (options.speculate or options.draft) else 0,
+        rollback=_rollback(gguf, beside) if spares and (options.speculate or options.draft) else 0,
     )
 
     head = spares and options.speculate and options.draft is None and has_prediction_head(gguf)
@@ -112,9 +111,9 @@ def load_file(path: Path, options: LoadOptions, progress: LoadProgress | None) -
         except LoadError as error:
             if not _is_memory_failure(error):
                 raise
-            if settings.rollback or head:  # what only saves time goes first
-                settings, head = replace(settings, rollback=0), False
-                notes.append("there is no memory to guess ahead with; tried again without")
+            if settings.rollback or settings.whole_window or head:
+                settings, head = replace(settings, rollback=0, whole_window=False), False
+                notes.append("there is no memory for what only saves time (guesses, a whole window); tried without")
                 continue
             if (fewer := next(remaining, None)) is None:
                 raise
@@ -221,6 +220,20 @@ def spare_memory(gguf: GgufFile) -> int | None:
     """Bytes that are left beside the weights; None where nobody says."""
     available = available_memory()
     return None if available is None else max(available - gguf.size, available // _SPARE_SHARE)
+
+
+def spare_beside(gguf: GgufFile, plan: Placement, available: Sequence[Device], wish: Wish) -> int | None:
+    """Bytes that are left where the model is put, for what only saves time; None where nobody says.
+
+    Where not all layers found room on the devices, none.
+    """
+    if not plan.gpu_layers:
+        return spare_memory(gguf)
+    if not plan.is_all:
+        return 0
+    layers, used = placement.read_layers(gguf, plan.settings.kv_types), dict(plan.split.layers)
+    room = sum(room.bytes for room in rooms(available, wish) if used.get(room.name))
+    return max(0, room - sum(layers.weights) - plan.settings.n_ctx * sum(layers.kv))
 
 
 def choose_window(
