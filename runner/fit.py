@@ -11,7 +11,7 @@ from models.text import human_bytes
 from runner import devices
 from runner.bandwidth import DeviceSpeed
 from runner.devices import Device
-from runner.engine.loading import choose_context, choose_window, spare_beside, wish_of
+from runner.engine.choices import choose_context, choose_window, spare_beside, wish_of
 from runner.engine.protocol import LoadOptions
 from runner.engine.threads import default_threads
 from runner.placement import CPU, Buffers, Placement, bytes_per_token, bytes_sent

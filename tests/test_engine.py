@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from models.errors import ContextOverflow, GenerationError, LoadError, ModelFileError, UsageError
 from models.gguf_file import read_gguf
-from runner.engine import loading, memory, threads
+from runner.engine import choices, memory, threads
 from runner.engine.local import LocalEngine, load
 from runner.engine.protocol import GenerationChunk, LoadOptions, Message, Sampling
 from runner.engine.text_stream import TextStream
@@ -264,19 +264,19 @@ def test_broken_files_have_names(starter_model: Path, tmp_path: Path) -> None:
 
 def test_the_context_is_chosen(starter_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gguf = read_gguf(starter_model)
-    monkeypatch.setattr(loading, "available_memory", lambda: 10**12)
-    assert loading.choose_context(gguf, LoadOptions()) == (8192, [])
-    assert loading.choose_context(gguf, LoadOptions(context=9000))[0] == 9000
-    assert "8192" in loading.choose_context(gguf, LoadOptions(context=9000))[1][0]
+    monkeypatch.setattr(choices, "available_memory", lambda: 10**12)
+    assert choices.choose_context(gguf, LoadOptions()) == (8192, [])
+    assert choices.choose_context(gguf, LoadOptions(context=9000))[0] == 9000
+    assert "8192" in choices.choose_context(gguf, LoadOptions(context=9000))[1][0]
     with pytest.raises(UsageError):
-        loading.choose_context(gguf, LoadOptions(context=0))
-    monkeypatch.setattr(loading, "available_memory", lambda: 100_000_000)
-    tokens, notes = loading.choose_context(gguf, LoadOptions())
+        choices.choose_context(gguf, LoadOptions(context=0))
+    monkeypatch.setattr(choices, "available_memory", lambda: 100_000_000)
+    tokens, notes = choices.choose_context(gguf, LoadOptions())
     assert 512 <= tokens < 8192
     assert tokens % 256 == 0
     assert len(notes) == 1
     with pytest.raises(LoadError, match="8192 tokens"):
-        loading.choose_context(gguf, LoadOptions(context=8192))
+        choices.choose_context(gguf, LoadOptions(context=8192))
 
 
 def test_available_memory_is_the_least_that_anybody_says(tmp_path: Path) -> None:

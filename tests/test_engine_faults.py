@@ -20,7 +20,7 @@ import pytest
 from convert.converter import convert_checkpoint
 from convert.file_types import file_type
 from models.errors import GenerationError, HandmillError, LoadError
-from runner.engine import loading
+from runner.engine import choices, loading
 from runner.engine.context import Context
 from runner.engine.context_params import ContextOptions
 from runner.engine.local import LocalEngine, load
@@ -149,7 +149,7 @@ def test_logits_that_are_no_numbers(tmp_path: Path) -> None:
 
 
 def test_a_context_that_memory_does_not_hold_names_one_that_fits(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "available_memory", lambda: 600_000)
+    monkeypatch.setattr(choices, "available_memory", lambda: 600_000)
     with pytest.raises(LoadError, match="4096 tokens") as caught:
         load(dense, replace(OPTIONS, context=4096))
     assert "--context 2304 fits" in caught.value.hint

@@ -18,7 +18,7 @@ from models.errors import LoadError
 from models.gguf_file import GgufFile, LazyArray, TensorInfo, read_gguf
 from runner import placement
 from runner.devices import backends
-from runner.engine import loading
+from runner.engine import choices
 from runner.engine.model_params import cpu_patterns
 from runner.engine.protocol import LoadOptions
 from runner.placement import Buffers, Placement, Settings, Split, bytes_per_token, fewer_layers, fill, read_layers
@@ -144,23 +144,23 @@ def test_what_is_left_for_the_cpu_must_fit_the_memory(monkeypatch: pytest.Monkey
     buffers = {"GPU": Buffers(900 * MB, 900 * MB, 9 * MB), "CPU": Buffers(500 * MB, 80 * MB, 20 * MB)}
     plan = Placement(Split((("GPU", 3),)), 5, Settings(9000), "as many as fit", buffers)
     for available in (None, 600 * MB):
-        monkeypatch.setattr(loading, "available_memory", lambda there=available: there)
-        loading._check_memory(plan, notes)
+        monkeypatch.setattr(choices, "available_memory", lambda there=available: there)
+        choices.check_memory(plan, notes)
     assert notes == []
-    monkeypatch.setattr(loading, "available_memory", lambda: 599 * MB)
-    loading._check_memory(plan, notes)
+    monkeypatch.setattr(choices, "available_memory", lambda: 599 * MB)
+    choices.check_memory(plan, notes)
     assert notes[0].startswith("600 MB are needed beside what a GPU holds, and 599 MB")
-    monkeypatch.setattr(loading, "available_memory", lambda: 99 * MB)
+    monkeypatch.setattr(choices, "available_memory", lambda: 99 * MB)
     with pytest.raises(LoadError, match="context of 9000 tokens takes 100 MB"):
-        loading._check_memory(plan, notes)
+        choices.check_memory(plan, notes)
 
 
 def test_a_context_that_a_gpu_may_hold_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "available_memory", lambda: 10 * MB)
+    monkeypatch.setattr(choices, "available_memory", lambda: 10 * MB)
     options = LoadOptions(context=100_000)
     with pytest.raises(LoadError, match="100000 tokens takes"):
-        loading.choose_context(header(), options)
-    assert loading.choose_context(header(), options, offload=True) == (100_000, [])
+        choices.choose_context(header(), options)
+    assert choices.choose_context(header(), options, offload=True) == (100_000, [])
 
 
 # Each in a process of its own: a device once registered stays, and one that is lost ends the process.

@@ -10,39 +10,41 @@ from pathlib import Path
 from typing import Any
 
 from models import native
-from models.errors import LoadError, UsageError
+from models.errors import LoadError
 from models.gguf_file import GgufFile
 from models.gguf_parts import check_model_file
 from models.library import home
 from models.native import Vocabulary
-from models.text import human_bytes
 from runner import devices, placement, rpc
 from runner.devices import Device
 from runner.engine.adapters import apply_adapters
+from runner.engine.choices import (
+    SPARE_SHARE,
+    check_memory,
+    choose_context,
+    choose_window,
+    rollbacks,
+    spare_beside,
+    spare_memory,
+    wish_of,
+)
 from runner.engine.context import Context
-from runner.engine.context_params import BATCH, ContextOptions
+from runner.engine.context_params import ContextOptions
 from runner.engine.draft_model import DraftModel
 from runner.engine.lookup import Lookup
-from runner.engine.memory import available_memory
 from runner.engine.model_params import model_params
 from runner.engine.prediction_head import PredictionHead, has_prediction_head
 from runner.engine.protocol import LoadOptions, LoadProgress
 from runner.engine.speculation import BatchSeconds, Speculation
 from runner.engine.state_files import DEFAULT_LIMIT, StateFiles, model_key
 from runner.engine.threads import default_threads
-from runner.placement import DEFAULT_KV_TYPES, Placement, Settings, Split
-from runner.placing import Wish, place_with_room_to_spare, place_without_asking, rooms
+from runner.placement import Placement, Split
+from runner.placing import place_with_room_to_spare, place_without_asking
 from runner.planner import planner
 
-UNKNOWN_CONTEXT = 8192
-"""Tokens of context for a model that does not say on how many it was trained."""
-SMALLEST_CONTEXT = 512
-_SPARE_SHARE = 8
-"""A share of the memory beside the weights, for what only saves time: memories kept aside, whole windows."""
 _MOST_BRANCH_BYTES, _BRANCH_BYTES_UNKNOWN = 2 << 30, 256 << 20
 _BATCH_SLOPE_CPU, _BATCH_SLOPE_GPU = 0.5, 0.1
 """How much longer each further token of a small batch takes than one alone, until that is measured."""
-_ROLLBACKS = (7, 3)
 _MEMORY_FAILURE = ("unable to allocate", "failed to allocate", "out of memory", "failed to create context")
 
 
@@ -99,7 +101,7 @@ def load_file(path: Path, options: LoadOptions, progress: LoadProgress | None) -
         type_k=placement.KV_TYPES[kv_types[0]][0],
         type_v=placement.KV_TYPES[kv_types[1]][0],
         whole_window=whole_window,
-        rollback=_rollback(gguf, beside) if spares and (options.speculate or options.draft) else 0,
+        rollback=rollbacks(gguf, beside) if spares and (options.speculate or options.draft) else 0,
     )
 
     head = spares and options.speculate and options.draft is None and has_prediction_head(gguf)
@@ -143,23 +145,9 @@ def load_file(path: Path, options: LoadOptions, progress: LoadProgress | None) -
         device_names=tuple(device.name for device in used),
         seconds=time.perf_counter() - started,
         notes=tuple(notes),
-        branch_bytes=_BRANCH_BYTES_UNKNOWN if spare is None else min(_MOST_BRANCH_BYTES, spare // _SPARE_SHARE),
+        branch_bytes=_BRANCH_BYTES_UNKNOWN if spare is None else min(_MOST_BRANCH_BYTES, spare // SPARE_SHARE),
         states=_states(path, options, settings),
         speculation=speculation,
-    )
-
-
-def wish_of(n_ctx: int, options: LoadOptions) -> Wish:
-    """What `options` ask of a placement, with a context of `n_ctx` tokens."""
-    beside = [path for path, _ in options.loras] + ([options.draft] if options.draft else [])
-    return Wish(
-        Settings(n_ctx, DEFAULT_KV_TYPES if options.kv_types == "auto" else options.kv_types, options.batch or BATCH),
-        options.gpu_layers,
-        vram=options.vram,
-        reserve=options.reserve,
-        beside=sum(path.stat().st_size for path in beside if path.is_file()),
-        reduce_kv=options.kv_types == "auto",
-        reduce_context=options.context == "auto",
     )
 
 
@@ -191,73 +179,8 @@ def _plan(gguf: GgufFile, n_ctx: int, options: LoadOptions, notes: list[str]) ->
     notes += plan.notes
     if not plan.is_all:
         notes.append(str(plan))
-    _check_memory(plan, notes)
+    check_memory(plan, notes)
     return plan, available
-
-
-def _check_memory(plan: Placement, notes: list[str]) -> None:
-    """Whether the machine's own memory holds what is not on a GPU. Raises LoadError where it cannot.
-
-    Weights that it does not hold are read from the file again and again.
-    """
-    rest, available = plan.buffers[placement.CPU], available_memory()
-    if available is None or rest.total <= available:
-        return
-    if rest.kv + rest.compute > available:
-        raise LoadError(
-            f"a context of {plan.settings.n_ctx} tokens takes {human_bytes(rest.kv + rest.compute)} beside what a GPU"
-            f" holds, and {human_bytes(available)} of memory are available",
-            hint="--context auto takes a smaller one, or --kv-type auto a smaller cache",
-            n_ctx=plan.settings.n_ctx,
-        )
-    notes.append(
-        f"{human_bytes(rest.total)} are needed beside what a GPU holds, and {human_bytes(available)} of memory are"
-        " available: weights will be read from the disk all the time"
-    )
-
-
-def spare_memory(gguf: GgufFile) -> int | None:
-    """Bytes that are left beside the weights; None where nobody says."""
-    available = available_memory()
-    return None if available is None else max(available - gguf.size, available // _SPARE_SHARE)
-
-
-def spare_beside(gguf: GgufFile, plan: Placement, available: Sequence[Device], wish: Wish) -> int | None:
-    """Bytes that are left where the model is put, for what only saves time; None where nobody says.
-
-    Where not all layers found room on the devices, none.
-    """
-    if not plan.gpu_layers:
-        return spare_memory(gguf)
-    if not plan.is_all:
-        return 0
-    layers, used = placement.read_layers(gguf, plan.settings.kv_types), dict(plan.split.layers)
-    room = sum(room.bytes for room in rooms(available, wish) if used.get(room.name))
-    return max(0, room - sum(layers.weights) - plan.settings.n_ctx * sum(layers.kv))
-
-
-def choose_window(
-    gguf: GgufFile, n_ctx: int, kv_types: tuple[str, str], spare: int | None
-) -> tuple[bool, tuple[str, ...]]:
-    """Whether a model that looks back a window only gets a cache of everything, which can be cut anywhere; a note."""
-    if not gguf.integer(f"{gguf.architecture}.attention.sliding_window"):
-        return False, ()
-    whole = n_ctx * sum(placement.kv_bytes_per_token(gguf, kv_types))
-    size = human_bytes(whole)
-    if spare is not None and whole <= spare // _SPARE_SHARE:
-        return True, (f"sliding window: the whole cache is kept ({size}), so that it can be cut anywhere",)
-    return False, (f"sliding window: only the window is kept (the whole would take {size}), with checkpoints",)
-
-
-def _rollback(gguf: GgufFile, spare: int | None) -> int:
-    """Tokens that a recurrent model may compute on trial: each costs a copy of its state."""
-    arch = gguf.architecture
-    width, height = (gguf.integer(f"{arch}.ssm.{key}") or 0 for key in ("inner_size", "state_size"))
-    if not height and not gguf.integer(f"{arch}.shortconv.l_cache"):
-        return 0  # it is not recurrent
-    state = placement.block_count(gguf) * width * height * 4  # an upper bound: of every block, in F32
-    room = (spare or 0) // _SPARE_SHARE
-    return next((n for n in _ROLLBACKS if n * state <= room), 0)
 
 
 def _states(path: Path, options: LoadOptions, settings: ContextOptions) -> StateFiles | None:
@@ -306,40 +229,6 @@ def _speculation(
         native.library().llama_model_free(loaded.model)
         raise
     return Speculation(drafter, seconds)
-
-
-def choose_context(gguf: GgufFile, options: LoadOptions, *, offload: bool = False) -> tuple[int, list[str]]:
-    """Tokens of context, and a note where it is not simply what was asked for or what the model knows.
-
-    Raises UsageError for no number of tokens, LoadError for more than the memory can hold; with `offload` it need not
-    hold them alone.
-    """
-    trained, asked = gguf.context_length or 0, None if options.context == "auto" else options.context
-    kv_types = DEFAULT_KV_TYPES if options.kv_types == "auto" else options.kv_types
-    per_token = sum(placement.kv_bytes_per_token(gguf, kv_types))
-    available = available_memory()
-    if asked is not None:
-        if asked < 1:
-            raise UsageError(f"a context of {asked} tokens is none", hint="--context takes a number from 1 up")
-        if not offload and available is not None and asked * per_token > available:
-            raise LoadError(
-                f"a context of {asked} tokens takes {human_bytes(asked * per_token)}"
-                f" and {human_bytes(available)} of memory are available",
-                hint=f"--context {_affordable(available, per_token)} fits, or a smaller --kv-type",
-                n_ctx=asked,
-            )
-        note = f"the model was trained on {trained} tokens of context; beyond that its answers decay"
-        return asked, [note] if 0 < trained < asked else []
-    n_ctx = trained or UNKNOWN_CONTEXT
-    spare = spare_memory(gguf)
-    if spare is not None and per_token > 0 and (affordable := _affordable(spare // 2, per_token)) < n_ctx:
-        n_ctx = max(affordable, min(SMALLEST_CONTEXT, n_ctx))
-        return n_ctx, [f"context of {n_ctx} tokens, of {trained or 'unknown'} trained: memory does not hold more"]
-    return n_ctx, []
-
-
-def _affordable(memory: int, per_token: int) -> int:
-    return memory // per_token // 256 * 256
 
 
 def _attempt(
