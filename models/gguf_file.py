@@ -106,7 +106,7 @@ class GgufFile:
         number = self.integer("general.file_type")
         if number is not None and number in FILE_TYPES:
             return FILE_TYPES[number]
-        return max(self.bytes_by_type(), key=self.bytes_by_type().__getitem__, default="unknown")
+        return self.main_type
 
     @property
     def chat_template(self) -> str | None:
@@ -132,6 +132,12 @@ class GgufFile:
         for tensor in self.tensors:
             totals[tensor.type] += tensor.nbytes
         return dict(totals)
+
+    @property
+    def main_type(self) -> str:
+        """The tensor type that most of the bytes are in."""
+        totals = self.bytes_by_type()
+        return max(totals, key=totals.__getitem__, default="unknown")
 
 
 def read_gguf(path: Path) -> GgufFile:

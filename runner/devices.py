@@ -117,12 +117,14 @@ def device_of_buffer_type(buffer_type: int) -> str:
 
 
 def offload_devices(found: Sequence[Device] | None = None) -> list[Device]:
-    """The devices that layers can be placed on: GPUs, and integrated ones only where there is no other.
+    """The devices that layers can be placed on: GPUs, integrated ones only where this machine has no other.
 
     Of `found`, where another process has looked already.
     """
     gpus = [device for device in (devices() if found is None else found) if device.is_gpu]
-    return [device for device in gpus if device.kind == "gpu"] or gpus
+    own = [device for device in gpus if device.backend != "RPC"]
+    own = [device for device in own if device.kind == "gpu"] or own
+    return [device for device in gpus if device in own or device.backend == "RPC"]
 
 
 def has_offload_device() -> bool:

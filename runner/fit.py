@@ -20,6 +20,8 @@ from runner.planner import Planner
 
 _SMALLER_CONTEXTS = (32_768, 16_384, 8192, 4096)
 _MOST_ADVICE = 3
+_CLEARLY_FASTER = 1.1
+"""Times as fast; less may be the measurement's own."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +84,11 @@ class Fit:
 
 
 class Fitter:
-    """Plans models, and measures a device once for each type of weights."""
+    """Plans models on the devices that there are."""
 
     def __init__(self, asked: Planner, notes: Sequence[str] = ()) -> None:
         self._asked, self._notes = asked, notes
         self._devices = asked.devices()
-        self._speeds: dict[tuple[str, str, int], DeviceSpeed | None] = {}
 
     def fit(self, gguf: GgufFile, options: LoadOptions, types: Mapping[str, float] | None = None) -> Fit:
         """The plan that a load with `options` would have.
@@ -95,7 +96,9 @@ class Fitter:
         `types` are file types that the model could have instead, with their bits per weight. Raises LoadError,
         UsageError.
         """
+        threads = options.threads or default_threads()
         available = devices.offload_devices(self._devices) if options.gpu_layers != 0 else []
+        available = self._asked.in_order(gguf, available, threads)
         n_ctx, chosen = choose_context(gguf, options, offload=bool(available))
         notes = [*self._notes, *chosen]
         wish = wish_of(n_ctx, options)
@@ -103,21 +106,23 @@ class Fitter:
         if not available and options.gpu_layers != 0 and not options.workers:
             notes.append(devices.why_no_gpu())
         placed = self._with_whole_window(gguf, placed, options, spare_beside(gguf, placed, available, wish), notes)
-        kind = max(gguf.bytes_by_type(), key=gguf.bytes_by_type().__getitem__, default="F16")
-        threads = options.threads or default_threads()
-        read = bytes_per_token(gguf, placed.split)
-        plans = []
+        found = self._planned(gguf, placed, available, threads)
+        advice = self._advice(found, available, wish, types or {}, threads)
+        return replace(found, notes=(*notes, *placed.notes), advice=advice)
+
+    def _planned(self, gguf: GgufFile, placed: Placement, available: Sequence[Device], threads: int) -> Fit:
+        """What a placement means for each device."""
+        read, plans = bytes_per_token(gguf, placed.split), []
         for device in [*available, *(device for device in self._devices if device.name == CPU)]:
             buffers = placed.buffers.get(device.name, Buffers())
             layers = dict(placed.split.layers).get(device.name, 0)
             if device.name == CPU:
                 layers = placed.n_layers - placed.gpu_layers
-            speed = self._speed(device.name, kind, threads) if buffers.weights else None
+            speed = self._asked.speed(device.name, gguf.main_type, threads) if buffers.weights else None
             last = device.name == next((name for name, count in reversed(placed.split.layers) if count), None)
             sent = bytes_sent(gguf, last=last) if device.backend == "RPC" and layers else 0
             plans.append(DevicePlan(device, layers, buffers, read.get(device.name, 0.0), speed, sent))
-        found = Fit(gguf, placed, tuple(plans), (*notes, *placed.notes), ())
-        return replace(found, advice=self._advice(found, available, wish, types or {}))
+        return Fit(gguf, placed, tuple(plans), (), ())
 
     def _with_whole_window(
         self, gguf: GgufFile, placed: Placement, options: LoadOptions, spare: int | None, notes: list[str]
@@ -131,27 +136,32 @@ class Fitter:
         whole = self._asked.account(gguf.path, placed.split, settings, whole_window=True, repack=options.repack)
         return replace(placed, buffers=whole)
 
-    def _speed(self, device: str, kind: str, threads: int) -> DeviceSpeed | None:
-        key = device, kind, threads
-        if key not in self._speeds:
-            try:
-                self._speeds[key] = self._asked.speed(*key)
-            except LoadError as error:
-                if error.facts.get("lost"):
-                    raise
-                self._speeds[key] = None
-        return self._speeds[key]
-
     def _advice(
-        self, found: Fit, available: Sequence[Device], wish: Wish, types: Mapping[str, float]
+        self, found: Fit, available: Sequence[Device], wish: Wish, types: Mapping[str, float], threads: int
     ) -> tuple[str, ...]:
         placed, advice = found.placement, []
-        if available and wish.gpu_layers == "auto" and not placed.is_all:
-            advice += self._with_less(found, available, wish)
+        if available and wish.gpu_layers == "auto":
+            advice += self._without(found, available, wish, threads)
+            if not placed.is_all:
+                advice += self._with_less(found, available, wish)
         if (not found.fits or (available and not placed.is_all)) and (kind := _type_that_fits(found, types)):
             where = "all layers fit the GPU" if available else "it fits the memory"
             advice.insert(0, f"{kind}: {where}")
         return tuple(advice[:_MOST_ADVICE])
+
+    def _without(self, found: Fit, available: Sequence[Device], wish: Wish, threads: int) -> list[str]:
+        """Which devices are better left alone: a worker far away, graphics that read no faster than the processor."""
+        rate, own = found.tokens_per_second, [device for device in available if device.backend != "RPC"]
+        ways = {"without --worker": own} if len(own) < len(available) else {}
+        if own:
+            ways["--gpu-layers 0"] = []
+        for what, fewer in ways.items() if rate else ():
+            if dict(found.placement.split.layers).keys() - {device.name for device in fewer}:
+                other = self._asked.place(found.gguf, fewer, wish)
+                other_rate = self._planned(found.gguf, other, fewer, threads).tokens_per_second
+                if rate and other_rate and other_rate > _CLEARLY_FASTER * rate:
+                    return [f"{what}: at most {other_rate:.3g} tokens per second"]
+        return []
 
     def _with_less(self, found: Fit, available: Sequence[Device], wish: Wish) -> list[str]:
         """What a smaller cache would bring, the most first; llama.cpp is asked."""

@@ -8,8 +8,9 @@ three questions are usual.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from models.errors import LoadError
 from models.gguf_file import GgufFile
@@ -22,10 +23,14 @@ from runner.placement import (
     Placement,
     Settings,
     Split,
+    bytes_sent,
     fill,
     read_layers,
 )
 from runner.placement_search import Ask, Room, Search, best_placement, split_of
+
+if TYPE_CHECKING:
+    from runner.bandwidth import DeviceSpeed
 
 RESERVE = 256 * MEBIBYTE
 """Kept free on each device unless `--reserve` says otherwise: for what other programs take later."""
@@ -37,6 +42,8 @@ SMALLEST_CONTEXT = 4096
 REDUCED_KV = ("q8_0", "q8_0")
 """What `--kv-type auto` may come to: half the bytes, and next to no difference in what is generated."""
 _CONTEXT_STEPS = 5
+_CLEARLY = 0.8
+"""Of two measured times, the share that one is of the other for it to be no accident."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ class Wish:
 def rooms(available: Sequence[Device], wish: Wish) -> list[Room]:
     """The devices in the order in which they are filled, and what may be used of each.
 
-    Those of this machine come first, in llama.cpp's order, which is the fastest first; then those of others.
+    Those of this machine come first, in llama.cpp's order, which is the fastest first; then those of others, as given.
     """
     reserve = RESERVE if wish.reserve is None else wish.reserve
     found = []
@@ -67,6 +74,29 @@ def rooms(available: Sequence[Device], wish: Wish) -> list[Room]:
         room = device.free - reserve if wish.vram is None else min(device.free - reserve, wish.vram)
         found.append(Room(device.name, max(0, room - own - wish.beside)))
     return found
+
+
+def nearest_first(
+    gguf: GgufFile, available: Sequence[Device], speed: Callable[[str], DeviceSpeed | None]
+) -> list[Device]:
+    """The devices in the order in which `rooms` fills them, those of other machines by what they are measured to take.
+
+    That is the time for a token with as much of the model there as the device holds, for each byte of it: so memory,
+    bandwidth and the way there all count. Those about equal keep their order. Only where there are several does
+    `speed` measure any.
+    """
+    own = [device for device in available if device.backend != "RPC"]
+    others = [device for device in available if device.backend == "RPC"]
+    if len(others) < 2:
+        return [*own, *others]
+    ordered: list[tuple[float, Device]] = []
+    weights = sum(tensor.nbytes for tensor in gguf.tensors)
+    for device in others:
+        measured, held = speed(device.name), max(1, min(device.free, weights))
+        cost = measured.seconds_for(held, bytes_sent(gguf, last=False)) / held if measured else float("inf")
+        index = next((i for i, (other, _) in enumerate(ordered) if cost < _CLEARLY * other), len(ordered))
+        ordered.insert(index, (cost, device))
+    return [*own, *(device for _, device in ordered)]
 
 
 def place_without_asking(gguf: GgufFile, available: Sequence[Device], wish: Wish) -> Placement:

@@ -29,14 +29,27 @@ class Planner:
 
     def __init__(self, apart: Isolated) -> None:
         self._apart = apart
+        self._speeds: dict[tuple[str, str, int], DeviceSpeed | None] = {}
 
     def devices(self) -> list[Device]:
         """As `runner.devices.devices`. Raises LoadError."""
         return self._asked(devices.devices)
 
-    def speed(self, device: str, tensor_type: str, threads: int) -> DeviceSpeed:
-        """As `runner.bandwidth.device_speed`. Raises LoadError."""
-        return self._asked(device_speed, device, tensor_type, threads)
+    def speed(self, device: str, tensor_type: str, threads: int) -> DeviceSpeed | None:
+        """As `runner.bandwidth.device_speed`, measured once; None where it cannot be. Raises LoadError for a loss."""
+        key = device, tensor_type, threads
+        if key not in self._speeds:
+            try:
+                self._speeds[key] = self._asked(device_speed, *key)
+            except LoadError as error:
+                if error.facts.get("lost"):
+                    raise
+                self._speeds[key] = None
+        return self._speeds[key]
+
+    def in_order(self, gguf: GgufFile, available: Sequence[Device], threads: int) -> list[Device]:
+        """As `runner.placing.nearest_first`, by measured speeds. Raises LoadError."""
+        return placing.nearest_first(gguf, available, lambda name: self.speed(name, gguf.main_type, threads))
 
     def account(
         self, path: Path, split: Split, settings: Settings, *, whole_window: bool = False, repack: bool = True

@@ -20,8 +20,8 @@ def test_the_cpu_is_always_there() -> None:
     assert "CPU" in devices.backends()
 
 
-def fake(kind: devices.Kind, name: str = "X") -> devices.Device:
-    return devices.Device(name, "fake", kind, 1, 2)
+def fake(kind: devices.Kind, name: str = "X", backend: str = "") -> devices.Device:
+    return devices.Device(name, "fake", kind, 1, 2, backend)
 
 
 def test_integrated_gpus_are_a_second_choice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,7 +30,9 @@ def test_integrated_gpus_are_a_second_choice(monkeypatch: pytest.MonkeyPatch) ->
     assert [device.name for device in devices.offload_devices()] == ["G"]
     everything.pop(2)
     assert [device.name for device in devices.offload_devices()] == ["I"]
-    everything.pop(1)
+    everything.append(fake("gpu", "W", "RPC"))  # another machine's is no reason to leave this one's alone
+    assert [device.name for device in devices.offload_devices()] == ["I", "W"]
+    everything[1:] = []
     assert devices.offload_devices() == []
 
 

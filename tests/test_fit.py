@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from models import hub, library
-from models.errors import LoadError, ModelFileError
+from models.errors import ModelFileError
 from models.gguf_file import read_gguf
 from models.hub_files import HubRef
 from runner.bandwidth import DeviceSpeed
@@ -75,10 +75,11 @@ class MadeUp:
     def devices(self) -> list[Device]:
         return self.found
 
-    def speed(self, device: str, tensor_type: str, threads: int) -> DeviceSpeed:
-        if device not in self.speeds:
-            raise LoadError("no such product")
-        return self.speeds[device]
+    def speed(self, device: str, tensor_type: str, threads: int) -> DeviceSpeed | None:
+        return self.speeds.get(device)
+
+    def in_order(self, gguf: Any, available: Any, threads: int) -> Any:
+        return available
 
     def place(self, gguf: Any, available: Any, wish: Any, *, repack: bool = True) -> Placement:
         room = available[0].free if available else 0
@@ -135,6 +136,20 @@ def test_what_would_change_most(five_layers: Path) -> None:
     assert some.advice == ("context 8192: 1 more layer",)
     everything = made_up_fitter(GB, speeds={}).fit(read_gguf(five_layers), LoadOptions(context=20_000), types)
     assert everything.advice == ()
+
+
+def test_a_device_that_is_better_left_alone_is_named(five_layers: Path) -> None:
+    """The made-up device is a worker; the machine's own memory holds the model, too."""
+    speeds = {"GPU0": DeviceSpeed(100 * GB, 0.1, 100 * MB), CPU: DeviceSpeed(20 * GB, 0.0)}
+    gguf, options = read_gguf(five_layers), LoadOptions(context=1000)
+    found = made_up_fitter(GB, speeds=speeds).fit(gguf, options)
+    assert found.placement.is_all
+    rate = 20 * GB / sum(read_layers(gguf).weights)
+    assert found.advice == (f"without --worker: at most {rate:.3g} tokens per second",)
+    near = speeds | {"GPU0": DeviceSpeed(100 * GB, 0.001, 100 * MB)}
+    assert made_up_fitter(GB, speeds=near).fit(gguf, options).advice == ()
+    # it is needed: alone, the model does not fit
+    assert made_up_fitter(GB, ram=300 * MB, speeds=speeds).fit(gguf, options).advice == ()
 
 
 @pytest.fixture

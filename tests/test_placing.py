@@ -14,10 +14,19 @@ from hypothesis import strategies as st
 from models.errors import LoadError
 from models.gguf_file import GgufFile, TensorInfo
 from runner import placing
+from runner.bandwidth import DeviceSpeed
 from runner.devices import Device
 from runner.placement import CPU, Buffers, Placement, Settings, Split, read_layers, reckoned
 from runner.placement_search import MOST_QUESTIONS
-from runner.placing import RESERVE, Wish, place, place_with_room_to_spare, place_without_asking, rooms
+from runner.placing import (
+    RESERVE,
+    Wish,
+    nearest_first,
+    place,
+    place_with_room_to_spare,
+    place_without_asking,
+    rooms,
+)
 
 MB = 1_000_000
 PARTS = ("down", "gate", "up")
@@ -266,3 +275,22 @@ def test_blocks_whose_cache_the_header_does_not_tell(missing: int) -> None:
     plan = place(bare, [device(31 * MB + 5 * 30 * MB - missing)], wish(), ask)
     whole = plan.gpu_layers - bool(plan.split.on_cpu)
     assert whole == 6 - missing
+
+
+def test_what_workers_take_for_a_token_decides_which_is_filled_first() -> None:
+    gguf = model()
+    own, near, far = device(10 * MB, "GPU0", "CUDA"), device(80 * MB, "RPC0"), device(80 * MB, "RPC1")
+    small = device(MB, "RPC2")
+    slow, fast = DeviceSpeed(4e9, 0.001, 1e8), DeviceSpeed(400e9, 0.001, 1e8)
+    distant = DeviceSpeed(400e9, 0.1, 1e8)
+
+    def order(**speeds: DeviceSpeed | None) -> list[str]:
+        found = [device for device in (near, own, far, small) if device.name in (*speeds, "GPU0")]
+        return [device.name for device in nearest_first(gguf, found, speeds.__getitem__)]
+
+    assert order(RPC0=fast, RPC1=fast) == ["GPU0", "RPC0", "RPC1"]  # as given
+    assert order(RPC0=slow, RPC1=fast) == ["GPU0", "RPC1", "RPC0"]
+    assert order(RPC0=distant, RPC1=slow) == ["GPU0", "RPC1", "RPC0"]
+    assert order(RPC0=None, RPC1=distant) == ["GPU0", "RPC1", "RPC0"]
+    assert order(RPC2=fast, RPC0=slow) == ["GPU0", "RPC0", "RPC2"]  # a call for next to nothing
+    assert order(RPC2=slow) == ["GPU0", "RPC2"]

@@ -169,7 +169,8 @@ def _plan(gguf: GgufFile, n_ctx: int, options: LoadOptions, notes: list[str]) ->
             return spacious, available
     try:
         with planner() as asked:
-            available = devices.offload_devices(asked.devices())
+            found = devices.offload_devices(asked.devices())
+            available = asked.in_order(gguf, found, options.threads or default_threads())
             plan = asked.place(gguf, available, wish, repack=options.repack)
     except LoadError as error:
         if not error.facts.get("lost"):
