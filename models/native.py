@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import importlib.util
 import os
 import sys
 import threading
@@ -18,6 +19,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from models import missing_driver
 from models.errors import GenerationError, LoadError
 from models.native_log import LOG, LogTail, capture_log, set_verbose
 
@@ -35,6 +37,7 @@ __all__ = [
     "cpu_model_params",
     "forward_pass",
     "library",
+    "library_folders",
     "load_model",
     "model_metadata",
     "open_vocabulary",
@@ -55,8 +58,7 @@ _kept_alive: list[Any] = []
 
 @cache
 def _library() -> Any:
-    import llama_cpp.llama_cpp as lib
-
+    lib = _import_library()
     # The binding prints to stderr through a callback of its own; ours replaces it.
     callback = lib.llama_log_callback(LOG.write)
     # Destructors of the libraries may log after the interpreter is gone: to a C function that does nothing.
@@ -68,8 +70,36 @@ def _library() -> Any:
     return lib
 
 
+def _import_library() -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module("llama_cpp.llama_cpp")
+    except (RuntimeError, OSError) as error:
+        failure = error
+    if missing_driver.DRIVER in str(failure) and any(map(missing_driver.stand_in, library_folders())):
+        try:
+            return importlib.import_module("llama_cpp.llama_cpp")
+        except (RuntimeError, OSError) as error:
+            failure = error
+    raise LoadError(
+        f"llama.cpp cannot be loaded: {failure}", hint="`handmill doctor` shows the command that mends it."
+    ) from failure
+
+
+def library_folders() -> list[Path]:
+    """Where the libraries of llama.cpp are; nothing is loaded for it."""
+    if chosen := os.environ.get("LLAMA_CPP_LIB_PATH"):
+        return [Path(chosen)]
+    found = importlib.util.find_spec("llama_cpp")
+    return [Path(place) / "lib" for place in (found.submodule_search_locations if found else None) or ()]
+
+
 def library() -> Any:
-    """The functions of `llama.h`, with the backends initialised and the log in our hands."""
+    """The functions of `llama.h`, with the backends initialised and the log in our hands.
+
+    Raises LoadError where the system's loader refuses them; not for want of NVIDIA's driver (`missing_driver`).
+    """
     with _loading:
         return _library()
 
@@ -80,9 +110,9 @@ def shared_library(name: str) -> ctypes.CDLL:
 
     Raises LoadError where this build of llama.cpp does not have it.
     """
+    lib = library()  # first: importing any part of the binding loads all of it
     from llama_cpp._ctypes_extensions import load_shared_library
 
-    lib = library()
     if sys.platform != "win32" and any(lib._base_path.glob(f"lib{name}.*")):
         # A wheel holds copies where there were links (libggml.so, libggml.so.0): opened by its path, a library
         # would be loaded a second time, with a registry of devices of its own. Asked for a name, libllama's

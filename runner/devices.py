@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from models import native
+from models import missing_driver, native
 from models.errors import LoadError
 from models.text import printable
 from runner.engine.memory import available_memory
@@ -161,7 +161,12 @@ def rebuild_command(
 
 def why_no_gpu() -> str:
     """One line for a machine where `offload_devices()` is empty: why, and which command mends it."""
-    if any(name.startswith(GPU_BACKENDS) for name in backends()):
+    known = backends()
+    if missing_driver.is_missing():
+        return (
+            f"CPU only: this build is for CUDA, and NVIDIA's driver is not here ({missing_driver.DRIVER} is missing)"
+        )
+    if any(name.startswith(GPU_BACKENDS) for name in known):
         return "CPU only: this build can use a GPU, but its driver reports none; `nvidia-smi` shows what it sees"
     why = "there is an NVIDIA GPU, but this" if _has_nvidia_gpu() else "no GPU was found, and this"
     toolkit = "" if shutil.which("nvcc") else "the CUDA toolkit and "

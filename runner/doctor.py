@@ -5,7 +5,8 @@ A finding carries the command that mends it on that very system.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +19,15 @@ Severity = Literal["error", "warning"]
 
 _OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 """By CUDA's major version, the first NVIDIA driver that runs programs of it (CUDA's release notes)."""
+_MISSING = re.compile(r"(lib[\w+.-]+): cannot open shared object file")
+_CUDA_PACKAGES = {"debian": "nvidia-cuda-toolkit", "fedora": "cuda-toolkit", "arch": "cuda"}
+_LIBRARIES: Mapping[str, Mapping[str, str]] = {
+    "libcudart": _CUDA_PACKAGES,
+    "libcublas": _CUDA_PACKAGES,
+    "libvulkan": {"debian": "libvulkan1", "fedora": "vulkan-loader", "arch": "vulkan-icd-loader"},
+    "libgomp": {"debian": "libgomp1", "fedora": "libgomp", "arch": "gcc-libs"},
+}
+"""Packages that bring what builds of llama.cpp are linked with, by the beginning of its name."""
 _SLOW_DISK = 200_000_000
 """Bytes per second under which a model of some gigabytes takes long to load."""
 
@@ -79,7 +89,11 @@ def _package(system: System, *, debian: str, fedora: str, arch: str, suse: str =
 def llama_works(system: System) -> Finding | None:
     if not system.failure:
         return None
-    return Finding("llama.cpp", "error", f"llama.cpp cannot be used: {system.failure}", rebuild_command(system))
+    command = rebuild_command(system)
+    if missing := _MISSING.search(system.failure):
+        package = next((names for start, names in _LIBRARIES.items() if missing[1].startswith(start)), {})
+        command = (_package(system, **package) if package else "") or command
+    return Finding("llama.cpp", "error", f"llama.cpp cannot be used: {system.failure}", command)
 
 
 def backend_missing(system: System) -> Finding | None:
@@ -97,7 +111,7 @@ def backend_missing(system: System) -> Finding | None:
     command = rebuild_command(system, flag)
     if needs and needs not in system.tools:
         packages = {
-            "nvcc": _package(system, debian="nvidia-cuda-toolkit", fedora="cuda-toolkit", arch="cuda"),
+            "nvcc": _package(system, **_CUDA_PACKAGES),
             "glslc": _package(
                 system, debian="glslc libvulkan-dev", fedora="glslc vulkan-loader-devel", arch="shaderc vulkan-headers"
             ),
@@ -145,6 +159,25 @@ def gpu_hidden_by_container(system: System) -> Finding | None:
     }.get(system.container, "docker run --gpus all ...")
     message = f"the machine has an NVIDIA GPU that is not visible in this container ({system.container})"
     return Finding("container", severity, message, command)
+
+
+def driver_library_missing(system: System) -> Finding | None:
+    """A CUDA build, and not the library of the driver that it is linked with (`models.missing_driver`)."""
+    if system.driver_library or driver_missing(system) or gpu_hidden_by_container(system):
+        return None
+    message = "this build of llama.cpp is for CUDA, and the library of NVIDIA's driver (libcuda.so.1) is not here"
+    if system.wsl:
+        return Finding("driver", "error", message, "export LD_LIBRARY_PATH=/usr/lib/wsl/lib")
+    if not (system.driver or "NVIDIA" in system.gpus):
+        return Finding(
+            "driver", "warning", f"{message}, nor a GPU by NVIDIA: the CPU computes", rebuild_command(system)
+        )
+    command = _package(system, debian="libcuda1", fedora="xorg-x11-drv-nvidia-cuda-libs", arch="nvidia-utils")
+    if "ubuntu" in system.distribution:
+        command = f"sudo apt install libnvidia-compute-{system.driver[0]}" if system.driver else command
+    if system.container:
+        command = "docker run --gpus all -e NVIDIA_DRIVER_CAPABILITIES=compute,utility ..."
+    return Finding("driver", "error", message, command)
 
 
 def gpu_hidden_by_environment(system: System) -> Finding | None:
@@ -262,6 +295,7 @@ _EXPLAIN: tuple[Probe, ...] = (
     driver_missing,
     driver_too_old,
     gpu_hidden_by_container,
+    driver_library_missing,
     gpu_hidden_by_environment,
     gpu_not_permitted,
 )

@@ -65,6 +65,8 @@ class System:
     """Makers of the GPUs on the bus, whether anything can use them or not."""
     driver: tuple[int, ...] = ()
     """Version of the NVIDIA driver that is loaded; () for none."""
+    driver_library: bool = True
+    """Whether the library of that driver is there, where the build needs it."""
     nodes: frozenset[str] = frozenset()
     """Of /dev: "nvidia0", "kfd", "dri", those that are there; "kfd!" for one that this person may not open."""
     tools: frozenset[str] = frozenset()
@@ -120,6 +122,7 @@ def gather(root: Path = Path("/")) -> System:
         devices=found.devices,
         gpus=_gpus(root),
         driver=_driver(root),
+        driver_library=found.driver_library,
         nodes=_nodes(root),
         tools=frozenset(
             tool for tool in ("nvcc", "nvidia-smi", "ubuntu-drivers", "hipcc", "glslc") if shutil.which(tool)
@@ -149,18 +152,21 @@ class LlamaSays:
     backends: tuple[str, ...] = ()
     build: frozenset[str] = frozenset()
     cuda_runtime: int | None = None
+    driver_library: bool = True
     devices: tuple[Device, ...] = ()
 
 
 def ask_llama() -> LlamaSays:
     """To be called in a process of its own: a driver that is broken may end it."""
-    from models import native
+    from models import missing_driver, native
     from runner import devices
 
     lib = native.library()
+    driver_library = not missing_driver.is_missing()
     said = lib.llama_print_system_info().decode("utf-8", "replace")
     build = frozenset(re.findall(r"(\w+) = 1\b", said))
-    return LlamaSays(tuple(devices.backends()), build, _cuda_runtime(lib._base_path), tuple(devices.devices()))
+    runtime = _cuda_runtime(lib._base_path)
+    return LlamaSays(tuple(devices.backends()), build, runtime, driver_library, tuple(devices.devices()))
 
 
 def _ask_llama() -> tuple[LlamaSays, str]:

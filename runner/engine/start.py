@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import re
 from pathlib import Path
 
+from models import native
 from runner.engine.protocol import LoadedEngine, LoadOptions, LoadProgress
 
 _BACKEND = re.compile(r"(?:lib)?ggml-(\w+)\.(?:so|dylib|dll)")
@@ -38,9 +37,6 @@ def load_as_told(path: Path, options: LoadOptions, progress: LoadProgress | None
 
 def has_gpu_backend() -> bool:
     """Whether this build of llama.cpp can use a GPU, by the names of its files: nothing is loaded for it."""
-    found = importlib.util.find_spec("llama_cpp")
-    folders = [Path(place) / "lib" for place in (found.submodule_search_locations if found else None) or ()]
-    if chosen := os.environ.get("LLAMA_CPP_LIB_PATH"):
-        folders = [Path(chosen)]
-    names = [match[1] for folder in folders for file in folder.glob("*ggml-*") if (match := _BACKEND.match(file.name))]
+    files = [file.name for folder in native.library_folders() for file in folder.glob("*ggml-*")]
+    names = [match[1] for name in files if (match := _BACKEND.match(name))]
     return any(not name.startswith(_HARMLESS) for name in names)
