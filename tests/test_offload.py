@@ -20,6 +20,7 @@ from runner.engine.start import load
 from runner.placement import Placement, Settings
 from runner.placing import _BACKEND_BYTES_ELSE, Wish
 from runner.planner import planner
+from tests.header_models import write_header
 from tests.rpc_server import rpc_server
 
 MB = 1 << 20
@@ -148,6 +149,23 @@ def test_a_plan_is_what_a_gpu_then_holds(starter_model: Path) -> None:
             list(engine.chat(MESSAGES, GREEDY))
             held = before - apart.call(devices.free_memory, name)
     assert planned.buffers[name].total <= held <= planned.buffers[name].total + _BACKEND_BYTES_ELSE
+
+
+@pytest.mark.gpu
+def test_a_model_of_more_than_two_gigabytes_in_two(tmp_path: Path) -> None:
+    """The shape of a model of seven billion weights, which are all zero: what a GPU holds of it is all the same."""
+    cap = 2_000_000_000
+    path = write_header(tmp_path / "7B.gguf", blocks=32, width=4096, feed_forward=11008, heads=32, kv_heads=32)
+    assert read_model(path).size > cap
+    options = _options(vram=cap)
+    name = plan(path, options).split.layers[0][0]
+    with isolation() as apart:
+        before = apart.call(devices.free_memory, name)
+        with load(path, options) as engine:
+            assert 0 < engine.info.gpu_layers < 33
+            assert len(list(engine.generate([1, 300], Sampling(temperature=0, max_tokens=2)))) > 0
+            held = before - apart.call(devices.free_memory, name)
+    assert cap // 2 < held <= cap
 
 
 def plan(model: Path, options: LoadOptions) -> Placement:
