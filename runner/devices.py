@@ -24,6 +24,10 @@ GPU_BACKENDS = ("CUDA", "HIP", "ROCm", "MUSA", "Vulkan", "Metal", "MTL", "SYCL",
 """Names that a build's registry of a GPU backend may have. RPC is none: it has devices only when told of a server."""
 
 
+LOOK_WITH = {"CUDA": "nvidia-smi", "HIP": "rocminfo", "ROCm": "rocminfo", "Vulkan": "vulkaninfo --summary"}
+"""By backend, the command that shows what its driver sees."""
+
+
 @dataclass(frozen=True)
 class Device:
     """One device. `free` and `total` in bytes, as it reports them itself; of a CPU, what this process may take."""
@@ -166,8 +170,9 @@ def why_no_gpu() -> str:
         return (
             f"CPU only: this build is for CUDA, and NVIDIA's driver is not here ({missing_driver.DRIVER} is missing)"
         )
-    if any(name.startswith(GPU_BACKENDS) for name in known):
-        return "CPU only: this build can use a GPU, but its driver reports none; `nvidia-smi` shows what it sees"
+    for backend in (name for name in known if name.startswith(GPU_BACKENDS)):
+        look = f"; `{LOOK_WITH[backend]}` shows what it sees" if backend in LOOK_WITH else ""
+        return f"CPU only: this build can use a GPU through {backend}, but its driver reports none{look}"
     why = "there is an NVIDIA GPU, but this" if _has_nvidia_gpu() else "no GPU was found, and this"
     toolkit = "" if shutil.which("nvcc") else "the CUDA toolkit and "
     rebuild = rebuild_command("-DGGML_CUDA=ON")

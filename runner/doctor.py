@@ -21,6 +21,14 @@ _OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 """By CUDA's major version, the first NVIDIA driver that runs programs of it (CUDA's release notes)."""
 _MISSING = re.compile(r"(lib[\w+.-]+): cannot open shared object file")
 _CUDA_PACKAGES = {"debian": "nvidia-cuda-toolkit", "fedora": "cuda-toolkit", "arch": "cuda"}
+_VULKAN_PACKAGES = {
+    "debian": "glslc libvulkan-dev spirv-headers",
+    "fedora": "glslc vulkan-loader-devel spirv-headers-devel",
+    "arch": "shaderc vulkan-headers spirv-headers",
+}
+_VULKAN_HEADERS = "v1.4.309"
+_NEW_VULKAN = {"ubuntu": 24, "debian": 13}
+"""The first release of a system with Vulkan headers that llama.cpp compiles with."""
 _LIBRARIES: Mapping[str, Mapping[str, str]] = {
     "libcudart": _CUDA_PACKAGES,
     "libcublas": _CUDA_PACKAGES,
@@ -102,24 +110,31 @@ def backend_missing(system: System) -> Finding | None:
     if system.failure or can_use_gpus(system) or not (system.gpus or system.driver or apple):
         return None
     maker = "Apple" if apple else "NVIDIA" if system.driver else system.gpus[0]
-    flag, needs = {
-        "NVIDIA": ("-DGGML_CUDA=ON", "nvcc"),
-        "AMD": ("-DGGML_HIP=ON", "hipcc") if "hipcc" in system.tools else ("-DGGML_VULKAN=ON", "glslc"),
-        "Intel": ("-DGGML_VULKAN=ON", "glslc"),
-        "Apple": ("-DGGML_METAL=ON", ""),
-    }[maker]
-    command = rebuild_command(system, flag)
-    if needs and needs not in system.tools:
-        packages = {
-            "nvcc": _package(system, **_CUDA_PACKAGES),
-            "glslc": _package(
-                system, debian="glslc libvulkan-dev", fedora="glslc vulkan-loader-devel", arch="shaderc vulkan-headers"
-            ),
-        }.get(needs, "")
-        command = f"{packages} && {command}" if packages else command
-    return Finding(
-        "gpu-backend", "warning", f"there is a GPU by {maker}, and this build of llama.cpp has no GPU backend", command
-    )
+    message = f"there is a GPU by {maker}, and this build of llama.cpp has no GPU backend"
+    return Finding("gpu-backend", "warning", message, _build_for(maker, system))
+
+
+def _build_for(maker: str, system: System) -> str:
+    """The command that brings a build for GPUs of this maker, and what such a build needs."""
+    if maker == "Apple":
+        return rebuild_command(system, "-DGGML_METAL=ON")
+    if maker == "NVIDIA":
+        packages = "" if "nvcc" in system.tools else _package(system, **_CUDA_PACKAGES)
+        return " && ".join(filter(None, (packages, rebuild_command(system, "-DGGML_CUDA=ON"))))
+    if maker == "AMD" and "hipcc" in system.tools:
+        return rebuild_command(system, "-DGGML_HIP=ON")
+    steps = [_package(system, **_VULKAN_PACKAGES) if "glslc" not in system.tools else ""]
+    flags = ["-DGGML_VULKAN=ON"]
+    if _has_old_vulkan(system):
+        steps.append(f"git clone --depth 1 --branch {_VULKAN_HEADERS} https://github.com/KhronosGroup/Vulkan-Headers")
+        flags.append("-DVulkan_INCLUDE_DIR=$PWD/Vulkan-Headers/include")
+    return " && ".join(filter(None, (*steps, rebuild_command(system, *flags))))
+
+
+def _has_old_vulkan(system: System) -> bool:
+    """Whether the system's own Vulkan headers lack VK_EXT_layer_settings (1.3.272), which llama.cpp needs."""
+    first = next((_NEW_VULKAN[name] for name in system.distribution if name in _NEW_VULKAN), None)
+    return first is not None and system.release != () and system.release[0] < first
 
 
 def driver_missing(system: System) -> Finding | None:
@@ -203,9 +218,9 @@ def build_without_device(system: System) -> Finding | None:
     if any(probe(system) for probe in _EXPLAIN):
         return None
     backend = next(name for name in system.backends if name.startswith(GPU_BACKENDS))
-    command = {"CUDA": "nvidia-smi", "ROCm": "rocminfo", "HIP": "rocminfo", "Vulkan": "vulkaninfo --summary"}
     message = f"this build has the backend {backend}, which finds no device"
-    return Finding("device", "error", message, command.get(backend, ""))
+    severity: Severity = "error" if system.gpus or system.driver or system.wsl else "warning"
+    return Finding("device", severity, message, devices.LOOK_WITH.get(backend, ""))
 
 
 def on_battery(system: System) -> Finding | None:

@@ -48,6 +48,8 @@ class System:
     """As `sys.platform`."""
     distribution: tuple[str, ...] = ()
     """Of a Linux: its name and those of which it is a kind, such as ("ubuntu", "debian")."""
+    release: tuple[int, ...] = ()
+    """Of a Linux, such as (24, 4)."""
     container: str = ""
     """"docker", "podman", "kubernetes" or another; "" on the machine itself."""
     wsl: bool = False
@@ -98,7 +100,11 @@ def gather(root: Path = Path("/")) -> System:
     """Look at this machine. Never raises: what cannot be found out is left out."""
     from importlib.metadata import PackageNotFoundError, version
 
-    release, cpu, memory = _os_release(root), _read(root / "proc/cpuinfo"), _numbers(_read(root / "proc/meminfo"))
+    (distribution, release), cpu, memory = (
+        _os_release(root),
+        _read(root / "proc/cpuinfo"),
+        _numbers(_read(root / "proc/meminfo")),
+    )
     found, failure = _ask_llama()
     model = _last_used()
     try:
@@ -110,7 +116,8 @@ def gather(root: Path = Path("/")) -> System:
     name = re.search(r"^model name\s*:(.*)$", cpu, re.MULTILINE)
     return System(
         platform=sys.platform,
-        distribution=release,
+        distribution=distribution,
+        release=release,
         container=_container(root),
         wsl="microsoft" in _read(root / "proc/version").lower(),
         python=sys.executable,
@@ -201,9 +208,10 @@ def _numbers(meminfo: str) -> dict[str, int]:
     return {name: int(kilobytes) * 1024 for name, kilobytes in found}
 
 
-def _os_release(root: Path) -> tuple[str, ...]:
-    said = dict(re.findall(r'^(ID|ID_LIKE)="?([^"\n]*)"?$', _read(root / "etc/os-release"), re.MULTILINE))
-    return tuple(f"{said.get('ID', '')} {said.get('ID_LIKE', '')}".split())
+def _os_release(root: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    said = dict(re.findall(r'^(ID|ID_LIKE|VERSION_ID)="?([^"\n]*)"?$', _read(root / "etc/os-release"), re.MULTILINE))
+    release = re.findall(r"\d{1,6}", said.get("VERSION_ID", ""))
+    return tuple(f"{said.get('ID', '')} {said.get('ID_LIKE', '')}".split()), tuple(map(int, release))
 
 
 def _container(root: Path) -> str:

@@ -70,9 +70,30 @@ def test_nothing_stands_in_the_way_of_a_sound_machine() -> None:
             "gpu-backend",
             "warning",
             "AMD",
-            'sudo dnf install glslc vulkan-loader-devel && CMAKE_ARGS="-DGGML_VULKAN=ON',
+            'sudo dnf install glslc vulkan-loader-devel spirv-headers-devel && CMAKE_ARGS="-DGGML_VULKAN=ON',
         ),
         (replace(SOUND, platform="win32", gpus=("Intel",)), "gpu-backend", "warning", "Intel", "$env:CMAKE_ARGS ="),
+        (
+            replace(SOUND, gpus=("Intel",), distribution=("ubuntu", "debian"), release=(22, 4)),
+            "gpu-backend",
+            "warning",
+            "Intel",
+            'https://github.com/KhronosGroup/Vulkan-Headers && CMAKE_ARGS="-DGGML_VULKAN=ON -DVulkan_INCLUDE_DIR=$',
+        ),
+        (
+            replace(SOUND, gpus=("Intel",), distribution=("debian",), release=(13,)),
+            "gpu-backend",
+            "warning",
+            "Intel",
+            'sudo apt install glslc libvulkan-dev spirv-headers && CMAKE_ARGS="-DGGML_VULKAN=ON -DGGML_RPC=ON"',
+        ),
+        (
+            replace(SOUND, backends=("Vulkan", "CPU")),
+            "device",
+            "warning",
+            "Vulkan, which finds no device",
+            "vulkaninfo",
+        ),
         (replace(LOST, driver=()), "driver", "error", "not loaded", "sudo apt install nvidia-driver"),
         (
             replace(LOST, driver=(), distribution=("ubuntu", "debian")),
@@ -214,7 +235,7 @@ def test_what_is_gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     write(
         tmp_path,
         {
-            "etc/os-release": 'NAME="U"\nID=ubuntu\nID_LIKE=debian\n',
+            "etc/os-release": 'NAME="U"\nID=ubuntu\nID_LIKE=debian\nVERSION_ID="24.04"\n',
             ".dockerenv": "",
             "proc/driver/nvidia/version": "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.14  Thu Feb 22\n",
             "proc/cpuinfo": "model name\t: A Processor\nflags\t\t: fpu sse2 avx2\n",
@@ -236,6 +257,7 @@ def test_what_is_gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     system = gather(tmp_path)
     assert system.distribution == ("ubuntu", "debian")
+    assert system.release == (24, 4)
     assert (system.container, system.wsl, system.driver) == ("docker", True, (550, 54, 14))
     assert system.gpus == ("NVIDIA",)
     assert "nvidia0" in system.nodes
