@@ -18,9 +18,13 @@ from models.errors import LoadError
 from models.gguf_types import TENSOR_TYPES
 from models.text import human_bytes
 from runner import devices
+from runner.engine.memory import available_memory
+from runner.placement import CPU
 
 _BYTES = 256 << 20
 """More than any cache holds."""
+_LEAST_BYTES = 64 << 20
+"""With less, a cache would be measured."""
 _SENT = 2 << 20
 """Over a network: a fifth of a second where that brings ten megabytes a second."""
 _ROUNDS, _MOST_ROUNDS = 4, 50
@@ -30,14 +34,23 @@ _WIDTH = 4096
 """Weights in a row, and rows in a matrix, of what a device multiplies: as in a model of seven billion weights."""
 
 
-def memory_bandwidth(threads: int) -> float:
-    """Bytes per second that `threads` read together, the best of some rounds; a fraction of a second in all."""
+def memory_bandwidth(threads: int) -> float | None:
+    """Bytes per second that `threads` read together, the best of some rounds; a fraction of a second in all.
+
+    None where there is no memory to measure with.
+    """
+    size = _sample_bytes()
+    if size < _LEAST_BYTES:
+        return None
     libc = ctypes.cdll.msvcrt if sys.platform == "win32" else ctypes.CDLL(None)
     # memchr is the C library's own vectorised read: it looks for a byte that is not there.
     libc.memchr.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
     libc.memchr.restype = ctypes.c_void_p
-    memory = np.ones(_BYTES, np.uint8)
-    share = _BYTES // threads
+    try:
+        memory = np.ones(size, np.uint8)
+    except MemoryError:
+        return None
+    share = size // threads
     best = 0.0
     with ThreadPoolExecutor(threads) as pool:
         for _ in range(_ROUNDS):
@@ -45,6 +58,12 @@ def memory_bandwidth(threads: int) -> float:
             list(pool.map(lambda i: libc.memchr(memory.ctypes.data + i * share, 0, share), range(threads)))
             best = max(best, threads * share / (time.perf_counter() - began))
     return best
+
+
+def _sample_bytes() -> int:
+    """How much of this machine's memory to measure with: a quarter of what is left at most."""
+    available = available_memory()
+    return _BYTES if available is None else min(_BYTES, available // 4)
 
 
 @dataclass(frozen=True)
@@ -77,7 +96,10 @@ def device_speed(device: str, tensor_type: str = "F16", threads: int | None = No
         (number, block, size) for number, (name, block, size) in TENSOR_TYPES.items() if name == tensor_type
     )
     matrix = _WIDTH * _WIDTH // block * block_bytes
-    count = max(1, _BYTES // matrix)
+    size = _sample_bytes() if device == CPU else _BYTES
+    if size < _LEAST_BYTES:
+        raise LoadError(f"{device} has no {human_bytes(_LEAST_BYTES)} free to measure with", device=device)
+    count = max(1, size // matrix)
     call = _multiply_seconds(device, number, 1, block, threads)
     whole = _multiply_seconds(device, number, count, _WIDTH, threads)
     link = _link_speed(device) if devices.is_elsewhere(device) else None

@@ -8,6 +8,13 @@ from pathlib import Path
 import pytest
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Only tests for a GPU see one: the others say what a CPU says."""
+    if config.option.markexpr != "gpu":
+        for name in ("CUDA", "HIP", "GGML_VK"):
+            os.environ[f"{name}_VISIBLE_DEVICES"] = "" if name == "GGML_VK" else "-1"
+
+
 @pytest.fixture(scope="session")
 def starter_model() -> Path:
     """The GGUF of the starter model, fetched once where it is not there; `HANDMILL_STARTER` names another."""

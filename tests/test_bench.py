@@ -77,12 +77,19 @@ def test_every_round_begins_at_its_depth(kind: str, tmp_path: Path) -> None:
 
 
 def test_bandwidth_is_that_of_a_machine() -> None:
-    assert 1e8 < memory_bandwidth(1) < 1e13
+    assert 1e8 < (memory_bandwidth(1) or 0) < 1e13
+
+
+def test_where_little_memory_is_left_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runner.bandwidth.available_memory", lambda: 200_000_000)
+    assert memory_bandwidth(1) is None
+    with pytest.raises(LoadError, match="CPU has no"):
+        device_speed("CPU")
 
 
 def test_the_rate_of_a_device_is_that_of_reading_its_weights() -> None:
     """A device that answers before it is done would come out a thousand times faster."""
-    bandwidth = memory_bandwidth(1)
+    bandwidth = memory_bandwidth(1) or 0
     for kind in ("F16", "Q4_1"):
         assert bandwidth / 200 < device_speed("CPU", kind, 1).bytes_per_second < 4 * bandwidth
 

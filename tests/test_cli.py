@@ -58,7 +58,7 @@ def engine(monkeypatch: pytest.MonkeyPatch, model: str) -> FakeEngine:
         fake.loaded_with.append((path, options))  # type: ignore[attr-defined]
         return fake
 
-    monkeypatch.setattr("runner.engine.local.load", load)
+    monkeypatch.setattr("runner.engine.start.load_as_told", load)
     return fake
 
 

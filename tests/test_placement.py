@@ -22,6 +22,7 @@ from runner.engine import choices
 from runner.engine.model_params import cpu_patterns
 from runner.engine.protocol import LoadOptions
 from runner.placement import Buffers, Placement, Settings, Split, bytes_per_token, fewer_layers, fill, read_layers
+from tests.header_models import write_header
 from tests.memory_models import write_model
 from tests.rpc_server import rpc_server
 
@@ -141,18 +142,43 @@ def test_weights_read_for_a_token(starter_model: Path) -> None:
 
 def test_what_is_left_for_the_cpu_must_fit_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     notes: list[str] = []
+    gguf = replace(header(), size=300 * MB)
+
+    def holds(plan: Placement, **limits: int) -> bool:
+        monkeypatch.setattr(choices, "memory_limits", lambda: dict(limits))
+        monkeypatch.setattr(choices, "available_memory", lambda: min(limits.values()))
+        return choices.holds_weights(gguf, plan, notes)
+
     buffers = {"GPU": Buffers(900 * MB, 900 * MB, 9 * MB), "CPU": Buffers(500 * MB, 80 * MB, 20 * MB)}
     plan = Placement(Split((("GPU", 3),)), 5, Settings(9000), "as many as fit", buffers)
-    for available in (None, 600 * MB):
-        monkeypatch.setattr(choices, "available_memory", lambda there=available: there)
-        choices.check_memory(plan, notes)
+    assert holds(plan)
+    assert holds(plan, machine=600 * MB)
+    assert holds(plan, machine=600 * MB, process=900 * MB + (128 << 20))  # a limit on addresses counts the file, too
     assert notes == []
-    monkeypatch.setattr(choices, "available_memory", lambda: 599 * MB)
-    choices.check_memory(plan, notes)
-    assert notes[0].startswith("600 MB are needed beside what a GPU holds, and 599 MB")
-    monkeypatch.setattr(choices, "available_memory", lambda: 99 * MB)
+    assert not holds(plan, machine=600 * MB, process=899 * MB + (128 << 20))
+    assert not holds(plan, machine=599 * MB)
+    assert notes[-1].startswith("600 MB are needed beside what a GPU holds, and 599 MB")
+    assert not holds(replace(plan, split=Split()), machine=599 * MB)
+    assert notes[-1].startswith("600 MB are needed, and 599 MB of memory are available: weights will be read")
     with pytest.raises(LoadError, match="context of 9000 tokens takes 100 MB"):
-        choices.check_memory(plan, notes)
+        holds(plan, machine=99 * MB)
+    assert holds(replace(plan, buffers={}), machine=99 * MB)  # there was no reason to ask for them
+
+
+def test_llama_is_asked_for_bytes_only_where_memory_may_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+    gguf = header()
+    weights = sum(tensor.nbytes for tensor in gguf.tensors)
+    cache = 1000 * sum(placement.kv_bytes_per_token(gguf))
+
+    def may_lack(available: int | None, split: Split = Split()) -> bool:  # noqa: B008
+        monkeypatch.setattr(choices, "memory_limits", lambda: {} if available is None else {"machine": available})
+        return choices.may_lack_memory(gguf, Placement(split, 5, Settings(1000), ""))
+
+    assert not may_lack(None)
+    assert not may_lack((weights + cache) * 8 // 7 + 8)
+    assert may_lack(weights + cache)
+    layers = read_layers(gguf)
+    assert not may_lack(weights + cache, Split((("GPU", layers.count),)))
 
 
 def test_a_context_that_a_gpu_may_hold_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,3 +332,39 @@ def test_a_device_that_is_away_when_it_is_asked_costs_a_note(number: int, says: 
     assert result["notes"][0].startswith("no GPU is used: ")
     assert says in result["notes"][0]
     assert result["text"]
+
+
+LIMITED = """
+import json, re, resource, sys
+from pathlib import Path
+import numpy
+from models import native
+from runner.engine.local import load
+from runner.engine.memory import taken_addresses
+from runner.engine.protocol import LoadOptions, Sampling
+path, room = Path(sys.argv[1]), int(sys.argv[2])
+native.library()
+resource.setrlimit(resource.RLIMIT_AS, (taken_addresses() + room, resource.RLIM_INFINITY))
+with load(path, LoadOptions(context=256, gpu_layers=0, cache=0, threads=1)) as engine:
+    count = len(list(engine.generate([1, 300], Sampling(temperature=0, max_tokens=2))))
+    own = int(re.search(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    print(json.dumps({"count": count, "own": own, "notes": engine.info.notes}))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit on addresses is one on Linux only")
+@pytest.mark.parametrize("room", [500 * MB, 1500 * MB])
+def test_weights_that_memory_does_not_hold_stay_in_the_file(room: int, tmp_path: Path) -> None:
+    """A model of 300 MB, which llama.cpp would copy into another layout where the processor has one."""
+    path = write_header(tmp_path / "x.gguf", blocks=8, width=2048, feed_forward=8192, heads=32, kv_heads=8)
+    size = path.stat().st_size
+    assert 250 * MB < size < 350 * MB
+    command = [sys.executable, "-c", LIMITED, str(path), str(room)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["count"] > 0
+    said = any("weights will be read from the disk" in note for note in found["notes"])
+    assert said == (room < 3 * size)
+    if said:
+        assert found["own"] < size // 2

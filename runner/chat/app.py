@@ -137,7 +137,10 @@ class ChatApp:
     def _toolbar(self) -> FormattedText:
         """As many of the facts as fit the width, the model's name cut first."""
         info, stats, used = self._engine.info, self.session.last_stats, self.session.context_used
-        facts = [info.device, f"context {used}/{info.n_ctx}"]
+        where = " + ".join(info.device_names) or "CPU"
+        if 0 < info.gpu_layers < info.n_layers:
+            where = f"{info.gpu_layers}/{info.n_layers} on {where}"
+        facts = [where, f"context {used}/{info.n_ctx}"]
         if stats is not None and stats.generated_tokens:
             facts += [f"{stats.tokens_per_second:.1f} tok/s", f"{stats.cached_tokens} cached"]
         return FormattedText(

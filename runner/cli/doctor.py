@@ -34,10 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from runner.system import gather
 
     system = gather()
-    try:
-        bandwidth = memory_bandwidth(system.threads)
-    except MemoryError:  # that is a finding of its own
-        bandwidth = None
+    bandwidth = memory_bandwidth(system.threads)
     findings = [*examine(system), *examine_workers(args.worker)]
     if args.json:
         print(json_line({"system": _facts(system, bandwidth), "findings": [vars(finding) for finding in findings]}))

@@ -10,9 +10,9 @@ from models.text import human_bytes
 from runner import placement
 from runner.devices import Device
 from runner.engine.context_params import BATCH
-from runner.engine.memory import available_memory
+from runner.engine.memory import available_memory, memory_limits
 from runner.engine.protocol import LoadOptions
-from runner.placement import DEFAULT_KV_TYPES, Placement, Settings
+from runner.placement import DEFAULT_KV_TYPES, Buffers, Placement, Settings
 from runner.placing import Wish, rooms
 
 UNKNOWN_CONTEXT = 8192
@@ -20,6 +20,7 @@ UNKNOWN_CONTEXT = 8192
 SMALLEST_CONTEXT = 512
 SPARE_SHARE = 8
 """A share of the memory beside the weights, for what only saves time: memories kept aside, whole windows."""
+_ADDRESSES_LEFT = 128 << 20
 _ROLLBACKS = (7, 3)
 
 
@@ -115,22 +116,48 @@ def rollbacks(gguf: GgufFile, spare: int | None) -> int:
     return next((n for n in _ROLLBACKS if n * state <= room), 0)
 
 
-def check_memory(plan: Placement, notes: list[str]) -> None:
-    """Whether the machine's own memory holds what is not on a GPU. Raises LoadError where it cannot.
+def _available_beside(gguf: GgufFile) -> int | None:
+    """Bytes for a model's weights, cache and compute buffers, while its file is mapped.
 
-    Weights that it does not hold are read from the file again and again.
+    Of that the system keeps in memory what it can. But a limit on addresses counts all of it, and a program that has
+    none left for the little that it still wants ends.
     """
-    rest, available = plan.buffers[placement.CPU], available_memory()
+    limits = memory_limits()
+    if "process" in limits:
+        limits["process"] = max(0, limits["process"] - gguf.size - _ADDRESSES_LEFT)
+    return min(limits.values(), default=None)
+
+
+def may_lack_memory(gguf: GgufFile, plan: Placement) -> bool:
+    """Whether, by the header, the machine's own memory may be too small for what is not on a GPU.
+
+    The header does not tell of compute buffers, and of a cache it tells the most that there can be.
+    """
+    available, layers = _available_beside(gguf), placement.read_layers(gguf, plan.settings.kv_types)
+    kv = [plan.settings.n_ctx * each for each in layers.kv]
+    everything = sum(tensor.nbytes for tensor in gguf.tensors) + sum(kv)
+    rest = everything - sum(placement.reckoned(layers, plan.split, kv).values())
+    return available is not None and rest > available - available // SPARE_SHARE
+
+
+def holds_weights(gguf: GgufFile, plan: Placement, notes: list[str]) -> bool:
+    """Whether the machine's own memory holds what is not on a GPU. Raises LoadError where not even the cache fits.
+
+    Weights that it does not hold are best left in the file: copied, the system would have to end a process.
+    """
+    rest, available = plan.buffers.get(placement.CPU, Buffers()), _available_beside(gguf)
     if available is None or rest.total <= available:
-        return
-    if rest.kv + rest.compute > available:
+        return True
+    beside = " beside what a GPU holds" if plan.gpu_layers else ""
+    if rest.kv + rest.compute > (most := available_memory() or 0):
         raise LoadError(
-            f"a context of {plan.settings.n_ctx} tokens takes {human_bytes(rest.kv + rest.compute)} beside what a GPU"
-            f" holds, and {human_bytes(available)} of memory are available",
+            f"a context of {plan.settings.n_ctx} tokens takes {human_bytes(rest.kv + rest.compute)}{beside}"
+            f", and {human_bytes(most)} of memory are available",
             hint="--context auto takes a smaller one, or --kv-type auto a smaller cache",
             n_ctx=plan.settings.n_ctx,
         )
     notes.append(
-        f"{human_bytes(rest.total)} are needed beside what a GPU holds, and {human_bytes(available)} of memory are"
-        " available: weights will be read from the disk all the time"
+        f"{human_bytes(rest.total)} are needed{beside}, and {human_bytes(available)} of memory are available: weights"
+        " will be read from the disk all the time"
     )
+    return False

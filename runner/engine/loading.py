@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,9 +22,10 @@ from runner.devices import Device
 from runner.engine.adapters import apply_adapters
 from runner.engine.choices import (
     SPARE_SHARE,
-    check_memory,
     choose_context,
     choose_window,
+    holds_weights,
+    may_lack_memory,
     rollbacks,
     spare_beside,
     spare_memory,
@@ -45,6 +48,7 @@ from runner.planner import planner
 _MOST_BRANCH_BYTES, _BRANCH_BYTES_UNKNOWN = 2 << 30, 256 << 20
 _BATCH_SLOPE_CPU, _BATCH_SLOPE_GPU = 0.5, 0.1
 """How much longer each further token of a small batch takes than one alone, until that is measured."""
+_CPU_FAILURE = re.compile(r"allocate CPU|cpu_buffer_type_alloc_buffer")
 _MEMORY_FAILURE = ("unable to allocate", "failed to allocate", "out of memory", "failed to create context")
 
 
@@ -86,6 +90,7 @@ def load_file(path: Path, options: LoadOptions, progress: LoadProgress | None) -
     native.set_verbose(options.verbose)
 
     plan, available = _plan(gguf, n_ctx, options, notes)
+    repack = holds_weights(gguf, _with_bytes(gguf, plan, options), notes) and options.repack
     split, n_ctx, kv_types = plan.split, plan.settings.n_ctx, plan.settings.kv_types
     beside = spare_beside(gguf, plan, available, wish_of(n_ctx, options))
     whole_window, said = choose_window(gguf, n_ctx, kv_types, beside)
@@ -108,7 +113,7 @@ def load_file(path: Path, options: LoadOptions, progress: LoadProgress | None) -
     remaining = placement.fewer_layers(split.gpu_layers)
     while True:
         try:
-            model, context = _attempt(path, split, settings, options, progress, head=head)
+            model, context = _attempt(path, split, settings, options, progress, head=head, repack=repack)
             break
         except LoadError as error:
             if not _is_memory_failure(error):
@@ -116,6 +121,10 @@ def load_file(path: Path, options: LoadOptions, progress: LoadProgress | None) -
             if settings.rollback or settings.whole_window or head:
                 settings, head = replace(settings, rollback=0, whole_window=False), False
                 notes.append("there is no memory for what only saves time (guesses, a whole window); tried without")
+                continue
+            if repack and _CPU_FAILURE.search(_said(error)):
+                repack = False
+                notes.append("there is no memory for weights in the layout that the CPU computes with; tried without")
                 continue
             if (fewer := next(remaining, None)) is None:
                 raise
@@ -180,8 +189,16 @@ def _plan(gguf: GgufFile, n_ctx: int, options: LoadOptions, notes: list[str]) ->
     notes += plan.notes
     if not plan.is_all:
         notes.append(str(plan))
-    check_memory(plan, notes)
     return plan, available
+
+
+def _with_bytes(gguf: GgufFile, plan: Placement, options: LoadOptions) -> Placement:
+    """The plan with llama.cpp's bytes, where the machine's own memory may be too small for its part."""
+    if plan.buffers or not may_lack_memory(gguf, plan):
+        return plan
+    with suppress(LoadError), planner() as asked:  # the load itself will say what is wrong
+        return replace(plan, buffers=asked.account(gguf.path, plan.split, plan.settings, repack=options.repack))
+    return plan
 
 
 def _states(path: Path, options: LoadOptions, settings: ContextOptions) -> StateFiles | None:
@@ -240,13 +257,14 @@ def _attempt(
     progress: LoadProgress | None,
     *,
     head: bool,
+    repack: bool,
 ) -> tuple[Any, Context]:
     """One try. Raises LoadError; nothing stays in memory then."""
     lib = native.library()
     params = model_params(split)
     params.load_mode = lib.LLAMA_LOAD_MODE_AUTO
     params.load_mtp = head
-    params.use_extra_bufts = options.repack and not _computes_with_amx()
+    params.use_extra_bufts = repack and not _computes_with_amx()
     stopped = False
     failure: list[BaseException] = []
 
@@ -298,6 +316,9 @@ def _computes_with_amx() -> bool:
 
 
 def _is_memory_failure(error: LoadError) -> bool:
+    return any(sign in _said(error).lower() for sign in _MEMORY_FAILURE)
+
+
+def _said(error: LoadError) -> str:
     log = error.facts.get("log", ())
-    text = " ".join([str(error), *(log if isinstance(log, tuple) else ())]).lower()
-    return any(sign in text for sign in _MEMORY_FAILURE)
+    return " ".join([str(error), *(log if isinstance(log, tuple) else ())])

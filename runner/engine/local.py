@@ -82,6 +82,7 @@ class LocalEngine:
             n_layers=loaded.n_layers,
             gpu_layers=loaded.gpu_layers,
             device=loaded.device,
+            device_names=loaded.device_names,
             load_seconds=loaded.seconds,
             threads=loaded.context.threads,
             batch=loaded.context.batch,

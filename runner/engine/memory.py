@@ -86,8 +86,6 @@ def _control_group(group: Path) -> int | None:
 def _droppable(group: Path) -> Iterator[int]:
     """What counts as used, and is a copy of files that goes when memory is wanted."""
     with suppress(OSError, ValueError, IndexError):
-        for line in (group / "memory.stat").read_text().splitlines():
-            name, value = line.split()[:2]
-            if name in ("inactive_file", "total_inactive_file"):
-                yield int(value)
-                return
+        counts = dict(line.split()[:2] for line in (group / "memory.stat").read_text().splitlines())
+        for name in ("active_file", "inactive_file"):
+            yield int(counts.get(f"total_{name}") or counts.get(name) or 0)

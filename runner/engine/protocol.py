@@ -149,6 +149,8 @@ class ModelInfo:
     threads: int = 1
     batch: int = 512
     """Tokens of a prompt that are computed at once."""
+    device_names: tuple[str, ...] = ()
+    """Of `device`, what llama.cpp calls each that layers were placed on: "CUDA0"; none where the CPU computes all."""
     notes: tuple[str, ...] = ()
     """One line each: why no GPU is used, what was tried again with less, what the template cannot protect."""
 
