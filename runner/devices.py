@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -26,6 +27,10 @@ GPU_BACKENDS = ("CUDA", "HIP", "ROCm", "MUSA", "Vulkan", "Metal", "MTL", "SYCL",
 
 LOOK_WITH = {"CUDA": "nvidia-smi", "HIP": "rocminfo", "ROCm": "rocminfo", "Vulkan": "vulkaninfo --summary"}
 """By backend, the command that shows what its driver sees."""
+
+_BACKEND_FILE = re.compile(r"(?:lib)?ggml-(\w+)\.(?:so|dylib|dll)")
+_OF_THE_CPU = ("base", "cpu", "blas", "rpc")
+"""Files of backends that end no process: those of the CPU, and of workers where there are none."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,13 @@ def has_offload_device() -> bool:
     return any(_KINDS.get(base.ggml_backend_dev_type(pointer)) in ("gpu", "igpu") for pointer in pointers())
 
 
+def gpu_backend_files() -> list[str]:
+    """Backends for GPUs that this build has, by the names of its files ("cuda"): nothing is loaded for it."""
+    files = [file.name for folder in native.library_folders() for file in folder.glob("*ggml-*")]
+    names = {match[1] for name in files if (match := _BACKEND_FILE.match(name))}
+    return sorted(name for name in names if not name.startswith(_OF_THE_CPU))
+
+
 def backends() -> list[str]:
     """Names of the backends in this build, such as "CPU", "CUDA", "RPC"."""
     registry, base = ggml(), ggml_base()
@@ -173,6 +185,8 @@ def why_no_gpu() -> str:
     for backend in (name for name in known if name.startswith(GPU_BACKENDS)):
         look = f"; `{LOOK_WITH[backend]}` shows what it sees" if backend in LOOK_WITH else ""
         return f"CPU only: this build can use a GPU through {backend}, but its driver reports none{look}"
+    if there := gpu_backend_files():
+        return f"CPU only: the backend {there[0]} of this build does not start here; `handmill doctor` looks for why"
     why = "there is an NVIDIA GPU, but this" if _has_nvidia_gpu() else "no GPU was found, and this"
     toolkit = "" if shutil.which("nvcc") else "the CUDA toolkit and "
     rebuild = rebuild_command("-DGGML_CUDA=ON")

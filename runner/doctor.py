@@ -107,7 +107,7 @@ def llama_works(system: System) -> Finding | None:
 def backend_missing(system: System) -> Finding | None:
     """There is a GPU, and the build has no code for any."""
     apple = system.platform == "darwin"
-    if system.failure or can_use_gpus(system) or not (system.gpus or system.driver or apple):
+    if system.failure or system.backend_files or can_use_gpus(system) or not (system.gpus or system.driver or apple):
         return None
     maker = "Apple" if apple else "NVIDIA" if system.driver else system.gpus[0]
     message = f"there is a GPU by {maker}, and this build of llama.cpp has no GPU backend"
@@ -198,8 +198,8 @@ def driver_library_missing(system: System) -> Finding | None:
 def gpu_hidden_by_environment(system: System) -> Finding | None:
     for name, value in sorted(system.environment.items()):
         if value.strip() in ("", "-1", "none", "void", "NoDevFiles") and (system.gpus or system.driver):
-            unset = f"Remove-Item Env:{name}" if system.platform == "win32" else f"unset {name}"
-            return Finding("environment", "error", f"{name} is set to {value!r}, which hides every GPU", unset)
+            message = f"{name} is set to {value!r}, which hides every GPU"
+            return Finding("environment", "error", message, _unset(name, system))
     return None
 
 
@@ -221,6 +221,22 @@ def build_without_device(system: System) -> Finding | None:
     message = f"this build has the backend {backend}, which finds no device"
     severity: Severity = "error" if system.gpus or system.driver or system.wsl else "warning"
     return Finding("device", severity, message, devices.LOOK_WITH.get(backend, ""))
+
+
+def backend_does_not_start(system: System) -> Finding | None:
+    """A GPU backend among the build's files that llama.cpp does not register."""
+    if system.failure or can_use_gpus(system) or not system.backend_files:
+        return None
+    message = f"the backend {system.backend_files[0]} of this build does not start here"
+    if chosen := sorted(name for name in system.environment if name.startswith("GGML_")):
+        message += f", where {chosen[0]} is {system.environment[chosen[0]]!r}"
+        return Finding("device", "error", message, _unset(chosen[0], system))
+    look = {name.lower(): command for name, command in devices.LOOK_WITH.items()}
+    return Finding("device", "error", message, look.get(system.backend_files[0], ""))
+
+
+def _unset(name: str, system: System) -> str:
+    return f"Remove-Item Env:{name}" if system.platform == "win32" else f"unset {name}"
 
 
 def on_battery(system: System) -> Finding | None:
@@ -321,6 +337,7 @@ PROBES: tuple[Probe, ...] = (
     *_EXPLAIN,
     backend_missing,
     build_without_device,
+    backend_does_not_start,
     vectors_missing,
     memory_overcommitted,
     memory_limited,

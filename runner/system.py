@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from models.errors import HandmillError
-from runner.devices import Device
+from runner.devices import Device, gpu_backend_files
 from runner.engine.memory import memory_limits
 from runner.engine.threads import default_threads
 
@@ -58,6 +58,8 @@ class System:
     failure: str = ""
     """Why llama.cpp cannot be used at all, or not asked about its devices."""
     backends: tuple[str, ...] = ()
+    backend_files: tuple[str, ...] = ()
+    """Backends for GPUs that the build has, as its files are called ("cuda"), whether they start or not."""
     build: frozenset[str] = frozenset()
     """What the CPU code of this build uses: "AVX2", "FMA"."""
     cuda_runtime: int | None = None
@@ -124,6 +126,7 @@ def gather(root: Path = Path("/")) -> System:
         llama_version=installed,
         failure=failure,
         backends=found.backends,
+        backend_files=tuple(gpu_backend_files()),
         build=found.build,
         cuda_runtime=found.cuda_runtime,
         devices=found.devices,

@@ -42,7 +42,8 @@ def test_integrated_gpus_are_a_second_choice(monkeypatch: pytest.MonkeyPatch) ->
         (["CPU", "RPC"], False, False, "no GPU was found, and this build"),
         (["CPU", "RPC"], True, True, "has no GPU backend; to use a GPU: CMAKE_ARGS="),
         (["CPU", "RPC"], True, False, "to use a GPU: the CUDA toolkit and CMAKE_ARGS="),
-        (["CPU", "CUDA"], True, True, "driver reports none"),
+        (["CPU", "CUDA"], True, True, "through CUDA, but its driver reports none; `nvidia-smi` shows"),
+        (["CPU", "Vulkan"], True, True, "`vulkaninfo --summary` shows"),
     ],
 )
 def test_one_line_says_why(
@@ -50,6 +51,7 @@ def test_one_line_says_why(
 ) -> None:
     monkeypatch.setattr(devices, "backends", lambda: backends)
     monkeypatch.setattr(devices, "_has_nvidia_gpu", lambda: nvidia)
+    monkeypatch.setattr(devices, "gpu_backend_files", list)
     monkeypatch.setattr(shutil, "which", lambda name: "/bin/nvcc" if nvcc else None)
     line = devices.why_no_gpu()
     assert line.startswith("CPU only: ")
@@ -57,6 +59,12 @@ def test_one_line_says_why(
     assert "\n" not in line
     # of the release whose layouts are read here, for the Python that runs
     assert ("CMAKE_ARGS" in line) == (f"{sys.executable} -m pip install" in line and "llama-cpp-python==" in line)
+
+
+def test_a_backend_that_does_not_start_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "backends", lambda: ["CPU"])
+    monkeypatch.setattr(devices, "gpu_backend_files", lambda: ["vulkan"])
+    assert "the backend vulkan of this build does not start here" in devices.why_no_gpu()
 
 
 def test_a_server_that_is_not_there_is_an_error() -> None:

@@ -94,6 +94,20 @@ def test_nothing_stands_in_the_way_of_a_sound_machine() -> None:
             "Vulkan, which finds no device",
             "vulkaninfo",
         ),
+        (
+            replace(SOUND, gpus=("AMD",), backend_files=("vulkan",), environment={"GGML_VK_VISIBLE_DEVICES": "5"}),
+            "device",
+            "error",
+            "the backend vulkan of this build does not start here, where GGML_VK_VISIBLE_DEVICES is '5'",
+            "unset GGML_VK_VISIBLE_DEVICES",
+        ),
+        (
+            replace(SOUND, gpus=("AMD",), backend_files=("vulkan",)),
+            "device",
+            "error",
+            "does not start here",
+            "vulkaninfo --summary",
+        ),
         (replace(LOST, driver=()), "driver", "error", "not loaded", "sudo apt install nvidia-driver"),
         (
             replace(LOST, driver=(), distribution=("ubuntu", "debian")),

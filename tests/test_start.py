@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from models.errors import ModelFileError
+from runner.devices import gpu_backend_files
 from runner.engine.local import LocalEngine
 from runner.engine.protocol import LoadOptions
-from runner.engine.start import has_gpu_backend, load
+from runner.engine.start import load
 from runner.engine.supervised import SupervisedEngine
 from tests.test_isolated import is_alive
 
@@ -19,22 +20,22 @@ CPU_BUILD = ("libllama.so", "libggml.so.0", "libggml-base.so", "libggml-cpu.so",
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
-        (CPU_BUILD, False),
-        ((*CPU_BUILD, "libggml-rpc.so", "libggml-blas.so"), False),
-        ((*CPU_BUILD, "libggml-cuda.so.0"), True),
-        ((*CPU_BUILD, "libggml-vulkan.so"), True),
-        (("libggml-base.dylib", "libggml-cpu.dylib", "libggml-metal.dylib"), True),
-        (("ggml-base.dll", "ggml-cpu.dll", "ggml-hip.dll"), True),
-        ((), False),
+        (CPU_BUILD, []),
+        ((*CPU_BUILD, "libggml-rpc.so", "libggml-blas.so"), []),
+        ((*CPU_BUILD, "libggml-cuda.so.0", "libggml-cuda.so"), ["cuda"]),
+        ((*CPU_BUILD, "libggml-vulkan.so"), ["vulkan"]),
+        (("libggml-base.dylib", "libggml-cpu.dylib", "libggml-metal.dylib"), ["metal"]),
+        (("ggml-base.dll", "ggml-cpu.dll", "ggml-hip.dll"), ["hip"]),
+        ((), []),
     ],
 )
 def test_a_build_that_can_use_a_gpu_is_known_by_its_files(
-    files: tuple[str, ...], expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    files: tuple[str, ...], expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in files:
         (tmp_path / name).touch()
     monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(tmp_path))
-    assert has_gpu_backend() is expected
+    assert gpu_backend_files() == expected
 
 
 def test_an_engine_lives_where_nothing_else_ends_with_it(starter_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,8 +45,8 @@ def test_an_engine_lives_where_nothing_else_ends_with_it(starter_model: Path, mo
         assert engine.info.notes == ("worker 127.0.0.1:1 is away: Connection refused; it is left out",)
     with load(starter_model, LoadOptions(context=256, cache=0, workers=("127.0.0.1:1",), gpu_layers=0)) as engine:
         assert isinstance(engine, LocalEngine)
-    for there, kind in ((True, SupervisedEngine), (False, LocalEngine)):
-        monkeypatch.setattr("runner.engine.start.has_gpu_backend", lambda there=there: there)
+    for there, kind in ((["cuda"], SupervisedEngine), ([], LocalEngine)):
+        monkeypatch.setattr("runner.engine.start.gpu_backend_files", lambda there=there: there)
         with load(starter_model, LoadOptions(context=256, cache=0)) as engine:
             assert isinstance(engine, kind)
 
