@@ -22,7 +22,7 @@ help:
 	@echo 'make chat MODEL=...     talk with another: a GGUF file, a name in the library, owner/repo, a folder'
 	@echo 'make test               ruff, mypy, pytest'
 	@echo 'make test-parity        compare with transformers and with llama.cpp'\''s own tools'
-	@echo 'make test-gpu           the tests that need a GPU'
+	@echo 'make test-gpu           the tests that need a GPU, and its speed beside llama-bench'
 	@echo 'make bench              compare speed and memory with llama.cpp'\''s own tools'
 	@echo 'make lint               ruff and mypy only'
 	@echo 'make clean              remove the environments and build folders'
@@ -46,7 +46,9 @@ test-parity:
 test-gpu:
 	@$(INSTALL) --extra test $(QUIETLY)
 	@.venv/bin/python -m models.starter $(QUIETLY)
+	@.venv/bin/python -m scripts.build_peer llama-bench $(QUIETLY)
 	.venv/bin/python -m pytest -m gpu
+	.venv/bin/python -m benchmarks.engine --case speed --rounds 3 -g all
 
 lint:
 	@$(INSTALL) --extra test $(QUIETLY)

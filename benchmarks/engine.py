@@ -2,12 +2,12 @@
 
     python -m benchmarks.engine [--case speed|first|draft|restore|apart] [--rounds N] [--model FILE] [-g N]
 
-`speed`: `handmill bench` beside llama-bench: 512 tokens of prompt, 128 generated. `first`: from the start of the
-process to the first byte of the reply, beside llama-completion with the very same prompt. `draft`: a page of code
-repeated, and free text: plain, with lookup, and by llama-lookup. `restore`: 4,000 tokens computed, and taken from disk
-by the next process. `apart`: the engine in a process of its own, where it is with a GPU, beside one in this process,
-both on the CPU. What is compared is medians, and the median of the ratios of a round: these hold where a machine is
-noisy.
+`speed`: `handmill bench` beside llama-bench: 512 tokens of prompt, 128 generated; with layers on a GPU llama-bench
+runs on this installation's own libraries of llama.cpp. `first`: from the start of the process to the first byte of the
+reply, beside llama-completion with the very same prompt. `draft`: a page of code repeated, and free text: plain, with
+lookup, and by llama-lookup. `restore`: 4,000 tokens computed, and taken from disk by the next process. `apart`: the
+engine in a process of its own, where it is with a GPU, beside one in this process, both on the CPU. Compared are
+medians, and the median of the ratios of a round: these hold where a machine is noisy.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from models.native import open_vocabulary
+from models.native import library_folders, open_vocabulary
 from models.starter import fetch_starter
 from runner import LoadOptions, Message, Sampling, load
 from runner.engine import local
@@ -73,8 +73,8 @@ def _speed(model: Path, rounds: int, layers: str) -> None:
 
     def theirs() -> Rates:
         command = [_tool("llama-bench"), "-m", str(model), "-p", "512", "-n", "128", "-t", threads]
-        command += ["-r", "2", "-fa", "auto", "-o", "jsonl", "-ngl", layers]
-        lines = [json.loads(line) for line in _output(command).splitlines()]
+        command += ["-r", "2", "-fa", "auto", "-o", "jsonl", "-ngl", "999" if layers == "all" else layers]
+        lines = [json.loads(line) for line in _output(command, own_libraries=layers != "0").splitlines()]
         return {
             f"pp{line['n_prompt']}" if line["n_prompt"] else f"tg{line['n_gen']}": line["avg_ts"] for line in lines
         }
@@ -186,9 +186,13 @@ def _tool(name: str) -> str:
     return str(path)
 
 
-def _output(command: Sequence[str], *, both: bool = False) -> str:
+def _output(command: Sequence[str], *, both: bool = False, own_libraries: bool = False) -> str:
     stderr = subprocess.STDOUT if both else subprocess.DEVNULL
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, check=True)
+    folder = str(library_folders()[0]) if own_libraries else ""
+    environment = os.environ | ({"LD_LIBRARY_PATH": folder, "DYLD_LIBRARY_PATH": folder} if folder else {})
+    done = subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, check=True
+    )
     return done.stdout.decode("utf-8", "replace")
 
 

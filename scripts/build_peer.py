@@ -4,6 +4,7 @@
 
 Leaves `build/peer/llama.cpp` (the source, with convert_hf_to_gguf.py) and the tools in `build/peer/build/bin`:
 llama-quantize, and those that are named. Does nothing for what is there, or in the folder that HANDMILL_PEER names.
+They are built for the CPU: with a GPU they are run on the libraries of the wheel, which are of the same release.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from scripts.llama_wheel import PACKAGE, require_compilers, wanted_build
 CONVERTER = Path("llama.cpp", "convert_hf_to_gguf.py")
 BINARIES = Path("build", "bin")
 QUANTIZER = BINARIES / "llama-quantize"
+_FOR_A_GPU = re.compile(r"-D(GGML_|CMAKE_)?(CUDA|VULKAN|HIP|SYCL)", re.IGNORECASE)
 _STEP = re.compile(r"^\[\s*(\d+)%\]")
 
 
@@ -61,7 +63,8 @@ def build(folder: Path, tools: Sequence[str]) -> None:
     log = folder / "build.log"
     configure = [cmake, "-S", str(source), "-B", str(folder / "build"), "-G", "Unix Makefiles"]
     configure += ["-DCMAKE_BUILD_TYPE=Release", "-DLLAMA_CURL=OFF", "-DLLAMA_BUILD_TESTS=OFF"]
-    configure += wanted_build(llama_version(), os.environ).flags  # the same backends and instructions as the wheel
+    flags = wanted_build(llama_version(), os.environ).flags  # the same instructions as the wheel
+    configure += [flag for flag in flags if not _FOR_A_GPU.match(flag)]  # whose kernels take long to compile
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     compile_ = [cmake, "--build", str(folder / "build"), "--parallel", str(cores), "--target", *tools]
     with log.open("w", encoding="utf-8") as kept, Progress("compiled (percent)") as progress:

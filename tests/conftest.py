@@ -15,6 +15,14 @@ def pytest_configure(config: pytest.Config) -> None:
             os.environ[f"{name}_VISIBLE_DEVICES"] = "" if name == "GGML_VK" else "-1"
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if session.config.option.markexpr == "gpu":
+        from runner import devices
+
+        if not devices.has_offload_device():
+            pytest.exit(devices.why_no_gpu(), returncode=1)
+
+
 @pytest.fixture(scope="session")
 def starter_model() -> Path:
     """The GGUF of the starter model, fetched once where it is not there; `HANDMILL_STARTER` names another."""
