@@ -75,12 +75,12 @@ def _import_library() -> Any:
 
     try:
         return importlib.import_module("llama_cpp.llama_cpp")
-    except (RuntimeError, OSError) as error:
+    except (ImportError, RuntimeError, OSError) as error:
         failure = error
     if missing_driver.DRIVER in str(failure) and any(map(missing_driver.stand_in, library_folders())):
         try:
             return importlib.import_module("llama_cpp.llama_cpp")
-        except (RuntimeError, OSError) as error:
+        except (ImportError, RuntimeError, OSError) as error:
             failure = error
     raise LoadError(
         f"llama.cpp cannot be loaded: {failure}", hint="`handmill doctor` shows the command that mends it."

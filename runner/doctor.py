@@ -66,10 +66,12 @@ def examine_workers(endpoints: Iterable[str]) -> list[Finding]:
 
 
 def rebuild_command(system: System, *flags: str) -> str:
-    """How to compile llama-cpp-python anew with `flags` for cmake, on that system."""
-    return devices.rebuild_command(
+    """How to compile llama-cpp-python anew with `flags` for cmake, on that system, and what that takes."""
+    build = devices.rebuild_command(
         *flags, python=system.python, version=system.llama_version, platform=system.platform
     )
+    compiler = _package(system, debian="build-essential", fedora="gcc-c++", arch="base-devel")
+    return build if "c++" in system.tools or not compiler else f"{compiler} && {build}"
 
 
 def can_use_gpus(system: System) -> bool:
@@ -101,7 +103,8 @@ def llama_works(system: System) -> Finding | None:
     if missing := _MISSING.search(system.failure):
         package = next((names for start, names in _LIBRARIES.items() if missing[1].startswith(start)), {})
         command = (_package(system, **package) if package else "") or command
-    return Finding("llama.cpp", "error", f"llama.cpp cannot be used: {system.failure}", command)
+    message = system.failure if system.failure.startswith("llama.cpp") else f"llama.cpp ended: {system.failure}"
+    return Finding("llama.cpp", "error", message, command)
 
 
 def backend_missing(system: System) -> Finding | None:

@@ -74,7 +74,7 @@ class System:
     nodes: frozenset[str] = frozenset()
     """Of /dev: "nvidia0", "kfd", "dri", those that are there; "kfd!" for one that this person may not open."""
     tools: frozenset[str] = frozenset()
-    """Programs on the path: "nvcc", "nvidia-smi", "ubuntu-drivers"."""
+    """Programs on the path: "nvcc", "nvidia-smi", "ubuntu-drivers"; "c++" for any compiler of C++."""
     environment: Mapping[str, str] = field(default_factory=dict)
     cpu_flags: frozenset[str] = frozenset()
     processor: str = ""
@@ -134,9 +134,7 @@ def gather(root: Path = Path("/")) -> System:
         driver=_driver(root),
         driver_library=found.driver_library,
         nodes=_nodes(root),
-        tools=frozenset(
-            tool for tool in ("nvcc", "nvidia-smi", "ubuntu-drivers", "hipcc", "glslc") if shutil.which(tool)
-        ),
+        tools=_tools(),
         environment={key: value for key, value in os.environ.items() if key.endswith("VISIBLE_DEVICES")},
         cpu_flags=frozenset(flags[1].split()) if flags else frozenset(),
         processor=(name[1].strip() if name else "") or platform.processor() or platform.machine(),
@@ -237,6 +235,11 @@ def _gpus(root: Path) -> tuple[str, ...]:
             if displays and vendor in _MAKERS and not (vendor == _INTEL and device.name == "0000:00:02.0"):
                 found.append(_MAKERS[vendor])
     return tuple(found)
+
+
+def _tools() -> frozenset[str]:
+    found = {tool for tool in ("nvcc", "nvidia-smi", "ubuntu-drivers", "hipcc", "glslc") if shutil.which(tool)}
+    return frozenset(found | ({"c++"} if any(map(shutil.which, ("c++", "g++", "clang++"))) else set()))
 
 
 def _driver(root: Path) -> tuple[int, ...]:

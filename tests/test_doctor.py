@@ -33,6 +33,7 @@ SOUND = System(
     memory_available=12 * GB,
     memory_of_machine=12 * GB,
     memory_limit="machine",
+    tools=frozenset({"c++"}),
     disk=Disk("/models", "ext4", False, 2e9),
 )
 CARD = replace(
@@ -43,7 +44,7 @@ CARD = replace(
     driver=(550, 54),
     cuda_runtime=12,
     nodes=frozenset({"nvidia0", "dri"}),
-    tools=frozenset({"nvcc", "nvidia-smi"}),
+    tools=frozenset({"c++", "nvcc", "nvidia-smi"}),
 )
 LOST = replace(CARD, devices=(CPU,))
 
@@ -63,7 +64,7 @@ def test_nothing_stands_in_the_way_of_a_sound_machine() -> None:
             "gpu-backend",
             "warning",
             "no GPU backend",
-            "sudo apt install nvidia-cuda-toolkit && CMAKE_ARGS=",
+            "sudo apt install nvidia-cuda-toolkit && sudo apt install build-essential && CMAKE_ARGS=",
         ),
         (
             replace(SOUND, gpus=("AMD",), distribution=("fedora",)),
