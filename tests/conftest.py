@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Only tests for a GPU see one: the others say what a CPU says."""
+    """Only tests for a GPU see one: the others say what a CPU says. And Ctrl-C is heard in the background, too."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.option.markexpr != "gpu":
         for name in ("CUDA", "HIP", "GGML_VK"):
             os.environ[f"{name}_VISIBLE_DEVICES"] = "" if name == "GGML_VK" else "-1"
