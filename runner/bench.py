@@ -10,9 +10,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from models.gguf_file import GgufFile
+from models.isolated import announce
 from runner import placement
 from runner.engine.context import Context
 from runner.engine.snapshots import Snapshot
+
+_SIGN_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -85,10 +88,13 @@ def _prefill(context: Context, depth: int, start: Snapshot | None, tokens: Seque
 def _generate(context: Context, depth: int, start: Snapshot | None, tokens: Sequence[int]) -> float:
     """What is picked is not what comes next, so that each round reads the same experts."""
     _rewind(context, depth, start)
-    began = time.perf_counter()
+    began = said = time.perf_counter()
     for token in tokens:
         context.advance([token], interruptible=True)
         context.logits(0).argmax()
+        if time.perf_counter() - said > _SIGN_SECONDS:  # a slow device does not hang
+            said = time.perf_counter()
+            announce(1)
     return time.perf_counter() - began
 
 

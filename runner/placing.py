@@ -103,7 +103,8 @@ def place_without_asking(gguf: GgufFile, available: Sequence[Device], wish: Wish
     """The number of layers that was asked for, or none where there is no device; without llama.cpp's bytes."""
     layers, found = read_layers(gguf, wish.settings.kv_types), rooms(available, wish)
     if not found:
-        return Placement(Split(), layers.count, wish.settings, "there is no GPU to place them on")
+        reason = "none were asked for on a GPU" if wish.gpu_layers == 0 else "there is no GPU to place them on"
+        return Placement(Split(), layers.count, wish.settings, reason)
     count = min(wish.gpu_layers, layers.count) if isinstance(wish.gpu_layers, int) else layers.count
     reason = "all were asked for" if wish.gpu_layers == "all" else "as asked for"
     return Placement(forced(layers, wish.settings, found, count), layers.count, wish.settings, reason)

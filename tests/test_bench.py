@@ -76,6 +76,15 @@ def test_every_round_begins_at_its_depth(kind: str, tmp_path: Path) -> None:
         assert held == [8, 4, 58, 54]
 
 
+def test_a_slow_device_gives_signs_of_life(starter_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[int] = []
+    monkeypatch.setattr("runner.bench._SIGN_SECONDS", 0.0)
+    monkeypatch.setattr("runner.bench.announce", said.append)
+    with load(starter_model, LoadOptions(context=256, gpu_layers=0, threads=1, cache=0)) as engine:
+        list(engine.speeds(prompt=0, generate=4, depths=[0], rounds=2))
+    assert said == [1] * (1 + 2 * 4)  # once before it is measured
+
+
 def test_bandwidth_is_that_of_a_machine() -> None:
     assert 1e8 < (memory_bandwidth(1) or 0) < 1e13
 

@@ -141,6 +141,9 @@ def test_what_was_asked_for_is_taken() -> None:
     nowhere = place_without_asking(model(), [], wish(gpu_layers="all"))
     assert nowhere.gpu_layers == 0
     assert "no GPU" in str(nowhere)
+    assert (
+        str(place_without_asking(model(), [], wish(gpu_layers=0))) == "0/9 layers on CPU: none were asked for on a GPU"
+    )
     two = place_without_asking(model(), [device(60 * MB, "A"), device(9 * MB, "B")], wish(gpu_layers=6))
     assert dict(two.split.layers) == {"A": 6, "B": 0}
     plan, llama = placed(model(), 10 * MB, want=wish(gpu_layers=4))
