@@ -133,6 +133,39 @@ def test_what_was_cancelled_ends_soon_also_when_nobody_answers(starter_model: Pa
         assert engine.info.gpu_layers == 31
 
 
+def test_the_first_tokens_of_a_device_may_take_long(starter_model: Path, expected: str) -> None:
+    """It compiles its kernels. That the process heard the question at once says nothing of them."""
+    patience = Patience(first=60.0, least=0.5, factor=1.0)
+    with (
+        rpc_process() as (endpoint, worker),
+        SupervisedEngine(starter_model, options(endpoint), patience=patience) as engine,
+    ):
+        worker.send_signal(signal.SIGSTOP)
+        threading.Timer(2.0, worker.send_signal, [signal.SIGCONT]).start()
+        assert next(engine.chat(MESSAGES, GREEDY)).text
+        assert engine.info.gpu_layers == 31
+    assert patience.slowest is not None
+    assert patience.slowest > 2.0 / 100  # of some forty tokens
+
+
+class OfManyTokens(Patience):
+    def seconds(self, tokens: int) -> float:
+        return 3.0 if tokens == 1 else 60.0
+
+
+def test_what_was_abandoned_may_be_finished_first(starter_model: Path, expected: str) -> None:
+    with (
+        rpc_process() as (endpoint, worker),
+        SupervisedEngine(starter_model, options(endpoint), patience=OfManyTokens()) as engine,
+    ):
+        worker.send_signal(signal.SIGSTOP)
+        threading.Timer(0.5, engine.cancel).start()
+        assert [chunk.finish_reason for chunk in engine.chat(MESSAGES, GREEDY)] == ["cancelled"]
+        threading.Timer(5.0, worker.send_signal, [signal.SIGCONT]).start()
+        assert text_of(engine.chat(MESSAGES, GREEDY)) == expected
+        assert engine.info.gpu_layers == 31
+
+
 def test_a_reply_that_nobody_reads_on_gives_way(starter_model: Path, expected: str) -> None:
     with rpc_server() as endpoint, SupervisedEngine(starter_model, options(endpoint)) as engine:
         chunks = engine.chat(MESSAGES, Sampling(temperature=0))

@@ -161,6 +161,8 @@ class SupervisedEngine:
         self._turn = Turn()
         self._patience = patience or Patience()
         self._closed = self._tried_again = False
+        self._computes = 1
+        """Tokens that were last said to be computed next, also of a call that was abandoned."""
         self._cancelled_at: float | None = None
         self._running: list[_Process] = []
         self._free = weakref.finalize(self, _end_all, self._running)
@@ -304,15 +306,16 @@ class SupervisedEngine:
 
         Raises Ended; Silent when it was cancelled and nothing comes, or the model was closed.
         """
-        process, tokens = self._process, 1
+        process, heard = self._process, False
         while True:
             # a CPU may be slow, and does not hang
-            seconds = self._patience.seconds(tokens) if process.gpu_layers else inf
+            seconds = self._patience.seconds(self._computes) if process.gpu_layers else inf
             kind, value, waited = process.sign_of_life(seconds, self._given_up)
-            self._patience.waited(waited, tokens)
+            if heard:  # before the first sign nothing of this call was computed, but perhaps the rest of another
+                self._patience.waited(waited, self._computes)
+            heard, self._computes = True, value if kind is Kind.WORKING else 1
             if kind is Kind.END:
                 return
-            tokens = value if kind is Kind.WORKING else 1
             if kind is Kind.PIECE:
                 yield value
 
@@ -324,7 +327,7 @@ class SupervisedEngine:
         """Load again with less, and say so. Raises GenerationError where nothing is left to try."""
         if self._closed:
             raise GenerationError(_CLOSED)
-        process = self._running.pop()
+        process, self._computes = self._running.pop(), 1
         process.end()
         options = self._options = replace(process.options, context=process.facts.info.n_ctx)
         yield from self._start_again(lost, options, process.facts.info.gpu_layers)
