@@ -46,8 +46,8 @@ test-parity:
 test-gpu:
 	@$(INSTALL) --extra test $(QUIETLY)
 	@.venv/bin/python -m models.starter $(QUIETLY)
-	@.venv/bin/python -m scripts.build_peer llama-bench $(QUIETLY)
 	.venv/bin/python -m pytest -m gpu
+	@.venv/bin/python -m scripts.build_peer llama-bench $(QUIETLY)
 	.venv/bin/python -m benchmarks.engine --case speed --rounds 3 -g all
 
 lint:
