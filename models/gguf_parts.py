@@ -20,6 +20,7 @@ MAX_BLOCKS = 512
 """`LLAMA_MAX_LAYERS`."""
 MAX_EXPERTS = 1024
 """`LLAMA_MAX_EXPERTS`."""
+_ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 _NAME = re.compile(r"(?P<base>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})")
 
 
@@ -101,7 +102,7 @@ def check_model_file(path: Path) -> GgufFile:
                 hint="Download or convert the file again.",
                 path=path,
             )
-    if problem := _experts_problem(gguf):
+    if problem := _experts_problem(gguf) or _blocks_problem(gguf) or _rope_problem(gguf):
         raise ModelFileError(f"{printable(path)}: {problem}", hint="Download or convert the file again.", path=path)
     return gguf
 
@@ -116,10 +117,37 @@ def _experts_problem(gguf: GgufFile) -> str:
     most = max((n for n in (used if isinstance(used, LazyArray) else [used]) if isinstance(n, int)), default=0)
     if not 0 <= count <= MAX_EXPERTS:
         return f"a mixture of {count} experts is none that llama.cpp computes"
-    if not (most <= count and (most > 0 or count <= 1)):
+    if not (most <= count and (most > 0 or count == 0)):
         return f"{most} of {count} experts are used, with which no model computes"
     if groups and not (groups < count and count % groups == 0 and (groups == 1 or used_groups < groups)):
         return f"{count} experts in {groups} groups, of which {used_groups} are used, with which no model computes"
+    return ""
+
+
+def _blocks_problem(gguf: GgufFile) -> str:
+    """The same of blocks of a kind, which are among those counted."""
+    count = gguf.integer(f"{gguf.architecture}.block_count")
+    for kind in ("nextn_predict_layers", "posnet.block_count", "convnext.block_count"):
+        some = gguf.integer(f"{gguf.architecture}.{kind}") or 0
+        if count is not None and not 0 <= some <= count:
+            return f"{kind} is {some} of {count} blocks, with which no model computes"
+    return ""
+
+
+def _rope_problem(gguf: GgufFile) -> str:
+    """The same of rotary positions: a scaling that is known, and pairs of numbers that a head has."""
+    arch = gguf.architecture
+    kind = gguf.string(f"{arch}.rope.scaling.type")
+    if kind is not None and kind not in _ROPE_SCALINGS:
+        return f"rope.scaling.type is {printable(kind)!r}, which llama.cpp does not know"
+    heads = gguf.metadata.get(f"{arch}.attention.head_count")
+    counts = [n for n in (heads if isinstance(heads, LazyArray) else [heads]) if isinstance(n, int) and n > 0]
+    width = (gguf.integer(f"{arch}.embedding_length") or 0) // min(counts) if counts else 0
+    for suffix in ("", "_swa"):
+        turned = gguf.integer(f"{arch}.rope.dimension_count{suffix}") or 0
+        key = gguf.integer(f"{arch}.attention.key_length{suffix}") or gguf.integer(f"{arch}.attention.key_length")
+        if turned % 2 or ((key or width) and turned > (key or width)):
+            return f"rope.dimension_count{suffix} is {turned} of {key or width}, with which no model computes"
     return ""
 
 

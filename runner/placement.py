@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from models.gguf_file import GgufFile, LazyArray
+from models.gguf_file import GgufFile, LazyArray, TensorInfo
 
 MEBIBYTE = 1 << 20
 KV_TYPES: Mapping[str, tuple[int, float]] = {
@@ -135,9 +135,10 @@ def read_layers(gguf: GgufFile, kv_types: tuple[str, str] = DEFAULT_KV_TYPES) ->
     kv = kv_bytes_per_token(gguf, kv_types)
     blocks, movable = [0] * len(kv), [[] for _ in kv]  # type: tuple[list[int], list[list[tuple[str, int]]]]
     output = embedding = 0
-    experts = any(_EXPERTS.fullmatch(tensor.name) for tensor in gguf.tensors)
+    used = used_tensors(gguf)
+    experts = any(_EXPERTS.fullmatch(tensor.name) for tensor in used)
     can_stay = _EXPERTS if experts else _FEED_FORWARD
-    for tensor in gguf.tensors:
+    for tensor in used:
         match = _BLOCK.match(tensor.name)
         if match and int(match[1]) < len(blocks):
             blocks[int(match[1])] += tensor.nbytes
@@ -151,6 +152,12 @@ def read_layers(gguf: GgufFile, kv_types: tuple[str, str] = DEFAULT_KV_TYPES) ->
     # A tied embedding is held a second time on the device that computes the output.
     weights = (*blocks, output + (embedding if tied else 0))
     return Layers(weights, (*map(tuple, movable), ()), (*kv, 0), experts)
+
+
+def used_tensors(gguf: GgufFile) -> list[TensorInfo]:
+    """Those that are loaded and computed with: not the blocks at the end that only predict further tokens."""
+    last = block_count(gguf) - (gguf.integer(f"{gguf.architecture}.nextn_predict_layers") or 0)
+    return [tensor for tensor in gguf.tensors if not (match := _BLOCK.match(tensor.name)) or int(match[1]) < last]
 
 
 def block_count(gguf: GgufFile) -> int:
@@ -174,7 +181,8 @@ def kv_bytes_per_token(gguf: GgufFile, kv_types: tuple[str, str] = DEFAULT_KV_TY
     value = gguf.integer(f"{arch}.attention.value_length") or head_width
     bytes_k, bytes_v = (KV_TYPES[kind][1] for kind in kv_types)
     each = key * bytes_k + value * bytes_v
-    return [int(n * each) for n in kv_heads or [0] * blocks]
+    extra = gguf.integer(f"{arch}.nextn_predict_layers") or 0
+    return [int(n * each) * (block < blocks - extra) for block, n in enumerate(kv_heads or [0] * blocks)]
 
 
 def _per_block(gguf: GgufFile, key: str, blocks: int) -> list[int]:
@@ -242,7 +250,7 @@ def bytes_per_token(gguf: GgufFile, split: Split) -> dict[str, float]:
     devices = [name for name, count in split.layers for _ in range(count)]
     on_device = dict(zip(range(blocks + 1 - len(devices), blocks + 1), devices, strict=True))
     stays, found = set(split.on_cpu), {CPU: 0.0} | dict.fromkeys(devices, 0.0)
-    for tensor in gguf.tensors:
+    for tensor in used_tensors(gguf):
         match = _BLOCK.match(tensor.name)
         if match:
             layer = int(match[1])

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import gguf
 import pytest
+from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
 
 from convert.file_types import file_type
 from convert.gguf_source import convert_gguf
-from models.errors import HandmillError
+from models.errors import HandmillError, ModelFileError
 from runner.engine.local import load
 from runner.engine.protocol import LoadOptions, Sampling
 from tests.memory_models import write_model
@@ -74,6 +75,29 @@ for line in sys.stdin:
     else:
         print("works", flush=True)
 """
+
+
+ADDED: list[tuple[str, str, gguf.GGUFValueType, int | str]] = [
+    ("dense", "nextn_predict_layers", gguf.GGUFValueType.UINT32, 1000),
+    ("dense", "expert_count", gguf.GGUFValueType.UINT32, 1),
+    ("dense", "rope.scaling.type", gguf.GGUFValueType.STRING, "foo"),
+    ("window", "rope.dimension_count", gguf.GGUFValueType.UINT32, 1000),
+    ("window", "rope.dimension_count_swa", gguf.GGUFValueType.UINT32, 1),
+    ("hybrid", "rope.dimension_count", gguf.GGUFValueType.UINT32, 1),
+]
+"""Of all keys of llama.cpp, those that end it when they are added to a tiny model that has none."""
+
+
+@pytest.mark.parametrize(("kind", "key", "type_", "value"), ADDED)
+def test_a_key_that_no_such_model_has(
+    kind: str, key: str, type_: gguf.GGUFValueType, value: int | str, tmp_path: Path
+) -> None:
+    path, architecture = tmp_path / "added.gguf", ARCHITECTURES[kind]
+    reader = gguf.GGUFReader(write_model(kind, tmp_path))
+    details = {f"{architecture}.{key}": MetadataDetails(type_, value)}
+    copy_with_new_metadata(reader, gguf.GGUFWriter(path, architecture), details, [])
+    with pytest.raises(ModelFileError, match=rf"added\.gguf.*\b{value}\b"):
+        use(path)
 
 
 @pytest.mark.parametrize("kind", list(ARCHITECTURES))

@@ -140,6 +140,17 @@ def test_weights_read_for_a_token(starter_model: Path) -> None:
     assert found == {"CPU": 4 * 10 * MB + 20 * MB, "A": 30 * MB}
 
 
+def test_blocks_that_only_predict_further_tokens_take_nothing() -> None:
+    """They are not loaded, unless the model guesses with them."""
+    plain, extra = header(), header(**{"llama.nextn_predict_layers": 1})
+    layers = read_layers(extra)
+    assert layers.count == read_layers(plain).count
+    assert (layers.weights[-2], layers.movable[-2], layers.kv[-2]) == (0, (), 0)
+    assert layers.weights[:-2] == read_layers(plain).weights[:-2]
+    gone = bytes_per_token(plain, Split())["CPU"] - bytes_per_token(extra, Split())["CPU"]
+    assert gone == read_layers(plain).weights[-2] > 0
+
+
 def test_what_is_left_for_the_cpu_must_fit_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     notes: list[str] = []
     gguf = replace(header(), size=300 * MB)

@@ -10,7 +10,8 @@ import ctypes
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from models.gguf_parts import read_model
 from runner import devices
 from runner.engine.context_params import ContextOptions, context_params
 from runner.engine.model_params import model_params
-from runner.placement import CPU, Buffers, Split, read_layers, reckoned
+from runner.placement import CPU, Buffers, Split, read_layers, reckoned, used_tensors
 
 _BREAKDOWN = "_Z26llama_get_memory_breakdownPK13llama_context"
 _MOST_NODES = 256
@@ -29,7 +30,10 @@ _MIB = 1 << 20
 _CACHE_LAYER = re.compile(r"llama_\w+(?:: |, )layer +\d+: dev = (\S+)$")
 _CACHE = re.compile(r"llama_\w+: size = +([\d.]+) MiB \(")
 _COMPUTE = re.compile(r"sched_reserve: +(\S+) compute buffer size = +([\d.]+) MiB$")
-_SIZES = re.compile("|".join(pattern.pattern for pattern in (_CACHE_LAYER, _CACHE, _COMPUTE)))
+_OVERLAP = re.compile(r"llama_context: pipeline parallelism enabled$")
+_SIZES = re.compile("|".join(pattern.pattern for pattern in (_CACHE_LAYER, _CACHE, _COMPUTE, _OVERLAP)))
+_COPIES = 4
+"""GGML_SCHED_MAX_COPIES: of each input, where the parts of a prompt overlap on several devices."""
 
 
 def account(path: Path, split: Split, options: ContextOptions, repack: bool = True) -> dict[str, Buffers]:
@@ -52,11 +56,26 @@ def account(path: Path, split: Split, options: ContextOptions, repack: bool = Tr
         if not context:
             said = "; ".join(log.problems())
             raise LoadError(f"llama.cpp cannot make a context of {options.n_ctx} tokens: {said}", path=path)
-        return breakdown(context) or from_log(sizes.lines, read_model(path), split)
+        found = breakdown(context) or from_log(sizes.lines, read_model(path), split)
+        if any(map(_OVERLAP.search, sizes.lines)):
+            found = _without_embeddings(found, split, min(options.n_ctx, options.batch), lib.llama_model_n_embd(model))
+        return found
     finally:
         if context:
             lib.llama_free(context)
         lib.llama_model_free(model)
+
+
+def _without_embeddings(found: Mapping[str, Buffers], split: Split, tokens: int, width: int) -> dict[str, Buffers]:
+    """Less what is counted too much on the last device: copies of the input of embeddings, F32 [tokens, width].
+
+    Before it only measures, llama.cpp forgets on which device that input belongs (`ggml_backend_sched_reserve_size`
+    resets the scheduler); in a real load it is on the CPU.
+    """
+    last = next(name for name, count in reversed(split.layers) if count)
+    held = found[last]
+    less = replace(held, compute=max(0, held.compute - _COPIES * tokens * width * 4))
+    return {**found, last: less}
 
 
 class _Node(ctypes.Structure):
@@ -126,7 +145,7 @@ def from_log(lines: Iterable[str], gguf: GgufFile, split: Split) -> dict[str, Bu
     """
     layers = read_layers(gguf)
     weights = reckoned(layers, split, [0] * layers.count)
-    weights[CPU] = sum(tensor.nbytes for tensor in gguf.tensors) - sum(weights.values())
+    weights[CPU] = sum(tensor.nbytes for tensor in used_tensors(gguf)) - sum(weights.values())
     if split.layers and split.layers[-1][1] and not any(t.name == "output.weight" for t in gguf.tensors):
         weights[CPU] += next((t.nbytes for t in gguf.tensors if t.name == "token_embd.weight"), 0)  # held twice
     names = {device.buffer_type: device.name for device in devices.devices()}
