@@ -142,7 +142,8 @@ def test_weights_read_for_a_token(starter_model: Path) -> None:
 
 def test_blocks_that_only_predict_further_tokens_take_nothing() -> None:
     """They are not loaded, unless the model guesses with them."""
-    plain, extra = header(), header(**{"llama.nextn_predict_layers": 1})
+    extra_block: dict[str, Any] = {"llama.nextn_predict_layers": 1}
+    plain, extra = header(), header(**extra_block)
     layers = read_layers(extra)
     assert layers.count == read_layers(plain).count
     assert (layers.weights[-2], layers.movable[-2], layers.kv[-2]) == (0, (), 0)
