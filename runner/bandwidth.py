@@ -25,8 +25,8 @@ _BYTES = 256 << 20
 """More than any cache holds."""
 _LEAST_BYTES = 64 << 20
 """With less, a cache would be measured."""
-_SENT = 2 << 20
-"""Over a network: a fifth of a second where that brings ten megabytes a second."""
+_SENT = (1 << 18, 1 << 21)
+"""Over a network: the second only where the first came at once. A fifth of a second at ten megabytes a second."""
 _ROUNDS, _MOST_ROUNDS = 4, 50
 _SECONDS = 0.3
 """Further rounds are made within it: another program may get in the way of some."""
@@ -108,17 +108,20 @@ def device_speed(device: str, tensor_type: str = "F16", threads: int | None = No
 
 def _link_speed(device: str) -> float:
     """Bytes per second that reach a device of another machine, the best of some rounds."""
-    base = _base()
+    base, most = _base(), max(_SENT)
     with _backend(device, 4 * 1024) as (context, backend):
-        tensor = base.ggml_new_tensor_2d(context, 0, _SENT // 4, 1)
-        with _allocated(device, context, backend, _SENT):
-            data, best, a_number = np.ones(_SENT, np.uint8), float("inf"), ctypes.c_float()
-            for _ in range(_ROUNDS):
+        tensor = base.ggml_new_tensor_2d(context, 0, most // 4, 1)
+        with _allocated(device, context, backend, most):
+            data, speed, a_number = np.ones(most, np.uint8), 0.0, ctypes.c_float()
+            end = time.perf_counter() + _SECONDS
+            for size in (size for size in _SENT for _ in range(_ROUNDS)):
                 began = time.perf_counter()
-                base.ggml_backend_tensor_set(tensor, data.ctypes.data, 0, _SENT)
+                if speed and began > end:
+                    break
+                base.ggml_backend_tensor_set(tensor, data.ctypes.data, 0, size)
                 base.ggml_backend_tensor_get(tensor, ctypes.byref(a_number), 0, 4)  # asked for last, so all has come
-                best = min(best, time.perf_counter() - began)
-            return _SENT / best
+                speed = max(speed, size / (time.perf_counter() - began))
+            return speed
 
 
 def _multiply_seconds(device: str, number: int, count: int, rows: int, threads: int | None) -> float:

@@ -12,6 +12,7 @@ import socket
 import struct
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 from models import native
 from models.errors import LoadError
@@ -26,6 +27,7 @@ _HELLO = struct.pack("<BQ24x", 14, 24)
 """RPC_CMD_HELLO, the size of what follows, and no capabilities (ggml-rpc.cpp, rpc_msg_hello_req)."""
 _REPLY = struct.Struct("<QBBBx24x")
 _SECONDS = 3.0
+_LEAVE_SECONDS = 1.0
 _TRIES, _PAUSE = 3, 0.2
 """A server that was just left may not have noticed yet."""
 _SAME_PLACE = 0.001
@@ -51,6 +53,7 @@ def greet(endpoint: str, seconds: float = _SECONDS) -> float:
                 answer += more
                 connection.settimeout(max(0.001, began + seconds - time.perf_counter()))
             taken = time.perf_counter() - began
+            _leave(connection)
     except TimeoutError as error:
         raise LoadError(
             f"worker {endpoint} does not answer within {seconds:g} s", hint=_AWAY, endpoint=endpoint
@@ -78,6 +81,18 @@ def greet(endpoint: str, seconds: float = _SECONDS) -> float:
             endpoint=endpoint,
         )
     return taken
+
+
+def _leave(connection: socket.socket) -> None:
+    """Hang up, and wait for the server to do so: it serves one client at a time, and the next is on its way.
+
+    A tunnel in between passes the end of one connection on later than the beginning of another.
+    """
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_WR)
+        connection.settimeout(_LEAVE_SECONDS)
+        while connection.recv(4096):
+            pass
 
 
 _AWAY = "Is `handmill worker` running there, at that address, and does the network let it through?"

@@ -237,8 +237,8 @@ class Door:
         with suppress(OSError):
             while data := source.recv(1 << 16):
                 self.sent += len(data) if counted else 0
-                to.sendall(data)
                 time.sleep(len(data) / self._bytes_per_second if counted else 0.0)
+                to.sendall(data)  # and whatever comes next, be it the end, at once
             to.shutdown(socket.SHUT_WR)
 
     _last: object = None
@@ -328,6 +328,19 @@ def test_fit_shows_what_the_way_costs_and_doctor_who_is_away(
     cli.main(["doctor", "--json", "--worker", "127.0.0.1:1"])
     findings = json.loads(capsys.readouterr().out)["findings"]
     assert any(finding["probe"] == "worker" and "away" in finding["message"] for finding in findings)
+
+
+def test_a_worker_behind_a_slow_line_is_filled_last(
+    starter_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with worker(tmp_path) as one, worker(tmp_path) as near, door_to(one.endpoint, bytes_per_second=200_000) as far:
+        used = ["--worker", far.endpoint, "--worker", near.endpoint, "--vram", "100M", "--reserve", "0", "-c", "512"]
+        assert cli.main(["fit", str(starter_model), "--json", *used]) == 0
+    found = json.loads(capsys.readouterr().out)
+    layers = {device["name"]: device["layers"] for device in found["devices"]}
+    slow, fast = (device["name"] for device in sorted(found["devices"][:2], key=lambda d: -d["link_seconds"]))
+    assert found["gpu_layers"] == 31
+    assert layers[fast] > layers[slow] > 0
 
 
 def test_a_chat_goes_on_when_a_worker_goes(starter_model: Path, tmp_path: Path, expected: str) -> None:
