@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import time
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from enum import Enum
+from math import inf
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,6 +28,7 @@ from runner.engine.text_stream import shared_prefix
 
 CHECKPOINT_BYTES = 512 << 20
 """What all checkpoints of a context may take; beyond that the oldest but the first goes."""
+_SHORT_SECONDS = 0.05
 
 _LIBC = ctypes.cdll.msvcrt if sys.platform == "win32" else ctypes.CDLL(None)
 _WHOLE, _PARTIAL = 0, 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
@@ -74,6 +78,8 @@ class Context:
         self._flag = ctypes.create_string_buffer(2)
         self._stop = False
         self._interruptible = True
+        self._advance_seconds = inf
+        """What the last call of `advance` took."""
         self._abort_callback = ctypes.cast(_LIBC.strlen, lib.ggml_abort_callback)
         params = context_params(options)
         params.abort_callback = self._abort_callback
@@ -297,8 +303,11 @@ class Context:
         if self._stop:
             raise Cancelled
         if interruptible:
-            with aborting(self.abort):
+            # Python hears of a signal after the call: soon enough, where that is short, and cheaper.
+            with aborting(self.abort) if self._advance_seconds > _SHORT_SECONDS else nullcontext():
+                began = time.perf_counter()
                 self._decode(tokens, all_logits=True)
+                self._advance_seconds = time.perf_counter() - began
         else:
             self._interruptible = False
             try:
