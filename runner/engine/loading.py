@@ -155,7 +155,7 @@ def load_file(path: Path, options: LoadOptions, progress: LoadProgress | None) -
         seconds=time.perf_counter() - started,
         notes=tuple(notes),
         branch_bytes=_BRANCH_BYTES_UNKNOWN if spare is None else min(_MOST_BRANCH_BYTES, spare // SPARE_SHARE),
-        states=_states(path, options, settings),
+        states=_states(path, replace(options, repack=repack), settings),
         speculation=speculation,
     )
 
