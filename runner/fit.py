@@ -11,7 +11,7 @@ from models.text import human_bytes
 from runner import devices
 from runner.bandwidth import DeviceSpeed
 from runner.devices import Device
-from runner.engine.choices import choose_context, choose_window, spare_beside, wish_of
+from runner.engine.choices import choose_context, choose_window, holds_weights, spare_beside, wish_of
 from runner.engine.protocol import LoadOptions
 from runner.engine.threads import default_threads
 from runner.placement import CPU, Buffers, Placement, bytes_per_token, bytes_sent
@@ -106,6 +106,7 @@ class Fitter:
         if not available and options.gpu_layers != 0 and not options.workers:
             notes.append(devices.why_no_gpu())
         placed = self._with_whole_window(gguf, placed, options, spare_beside(gguf, placed, available, wish), notes)
+        holds_weights(gguf, placed, notes)
         found = self._planned(gguf, placed, available, threads)
         advice = self._advice(found, available, wish, types or {}, threads)
         return replace(found, notes=(*notes, *placed.notes), advice=advice)

@@ -19,6 +19,7 @@ from models.hub_files import HubRef
 from runner.bandwidth import DeviceSpeed
 from runner.cli import main as cli
 from runner.devices import Device, backends
+from runner.engine import choices
 from runner.engine.protocol import LoadOptions
 from runner.fit import Fitter, summary
 from runner.placement import CPU, Buffers, Placement, Settings, Split, bytes_sent, read_layers
@@ -136,6 +137,16 @@ def test_what_would_change_most(five_layers: Path) -> None:
     assert some.advice == ("context 8192: 1 more layer",)
     everything = made_up_fitter(GB, speeds={}).fit(read_gguf(five_layers), LoadOptions(context=20_000), types)
     assert everything.advice == ()
+
+
+def test_memory_that_does_not_hold_the_weights_is_said_as_by_a_load(
+    five_layers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitter, options = made_up_fitter(0, ram=450 * MB), LoadOptions(context=1000)
+    monkeypatch.setattr(choices, "memory_limits", lambda: {"machine": 450 * MB})
+    found = fitter.fit(read_gguf(five_layers), options)
+    assert not found.fits
+    assert any("450 MB of memory are available: weights will be read from the disk" in note for note in found.notes)
 
 
 def test_a_device_that_is_better_left_alone_is_named(five_layers: Path) -> None:
