@@ -119,6 +119,10 @@ def test_what_is_predicted_is_what_a_load_takes(
     results = predicted_and_real(path, machine, *cases)
     assert len(results) == len(cases)
     for case, result in zip(cases, results, strict=True):
+        # With all layers on several devices a prompt's parts overlap, over four copies of what crosses. Where it only
+        # measures, llama.cpp forgets that a block's first norm is to be on the block's device, and counts it, too.
+        overlap = any("pipeline parallelism enabled" in line for line in result["said"])
+        copies = 4 * 512 * 4 * (gguf.integer(f"{gguf.architecture}.embedding_length") or 0) if overlap else 0
         real = real_buffers(result["said"], machine.names)
         assert sum(sum(buffers.values()) for buffers in real.values()) > 0
         for way in ("exact", "log"):
@@ -126,7 +130,7 @@ def test_what_is_predicted_is_what_a_load_takes(
                 expected = result[way].get(device, {})
                 total, taken = sum(expected.values()), sum(buffers.values())
                 # the log rounds each of a few lines to 0.01 MiB
-                assert 0.99 * taken - 32_000 <= total <= 1.03 * taken + 32_000, (way, device, case)
+                assert 0.99 * taken - 32_000 <= total <= 1.03 * taken + 32_000 + copies, (way, device, case)
                 for what in ("weights", "kv"):
                     assert abs(expected.get(what, 0) - buffers[what]) <= 0.01 * buffers[what] + 16_000
         for device in result["exact"]:

@@ -10,8 +10,7 @@ import ctypes
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +29,7 @@ _MIB = 1 << 20
 _CACHE_LAYER = re.compile(r"llama_\w+(?:: |, )layer +\d+: dev = (\S+)$")
 _CACHE = re.compile(r"llama_\w+: size = +([\d.]+) MiB \(")
 _COMPUTE = re.compile(r"sched_reserve: +(\S+) compute buffer size = +([\d.]+) MiB$")
-_OVERLAP = re.compile(r"llama_context: pipeline parallelism enabled$")
-_SIZES = re.compile("|".join(pattern.pattern for pattern in (_CACHE_LAYER, _CACHE, _COMPUTE, _OVERLAP)))
-_COPIES = 4
-"""GGML_SCHED_MAX_COPIES: of each input, where the parts of a prompt overlap on several devices."""
+_SIZES = re.compile("|".join(pattern.pattern for pattern in (_CACHE_LAYER, _CACHE, _COMPUTE)))
 
 
 def account(path: Path, split: Split, options: ContextOptions, repack: bool = True) -> dict[str, Buffers]:
@@ -56,26 +52,11 @@ def account(path: Path, split: Split, options: ContextOptions, repack: bool = Tr
         if not context:
             said = "; ".join(log.problems())
             raise LoadError(f"llama.cpp cannot make a context of {options.n_ctx} tokens: {said}", path=path)
-        found = breakdown(context) or from_log(sizes.lines, read_model(path), split)
-        if any(map(_OVERLAP.search, sizes.lines)):
-            found = _without_embeddings(found, split, min(options.n_ctx, options.batch), lib.llama_model_n_embd(model))
-        return found
+        return breakdown(context) or from_log(sizes.lines, read_model(path), split)
     finally:
         if context:
             lib.llama_free(context)
         lib.llama_model_free(model)
-
-
-def _without_embeddings(found: Mapping[str, Buffers], split: Split, tokens: int, width: int) -> dict[str, Buffers]:
-    """Less what is counted too much on the last device: copies of the input of embeddings, F32 [tokens, width].
-
-    Before it only measures, llama.cpp forgets on which device that input belongs (`ggml_backend_sched_reserve_size`
-    resets the scheduler); in a real load it is on the CPU.
-    """
-    last = next(name for name, count in reversed(split.layers) if count)
-    held = found[last]
-    less = replace(held, compute=max(0, held.compute - _COPIES * tokens * width * 4))
-    return {**found, last: less}
 
 
 class _Node(ctypes.Structure):
