@@ -71,8 +71,6 @@ def _library() -> Any:
 
 
 def _import_library() -> Any:
-    import importlib
-
     try:
         return importlib.import_module("llama_cpp.llama_cpp")
     except (ImportError, RuntimeError, OSError) as error:

@@ -109,6 +109,7 @@ def test_nothing_stands_in_the_way_of_a_sound_machine() -> None:
             "does not start here",
             "vulkaninfo --summary",
         ),
+        (replace(LOST, gpus=(), driver=(), platform="win32"), "device", "error", "finds no device", "nvidia-smi"),
         (replace(LOST, driver=()), "driver", "error", "not loaded", "sudo apt install nvidia-driver"),
         (
             replace(LOST, driver=(), distribution=("ubuntu", "debian")),

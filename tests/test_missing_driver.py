@@ -76,7 +76,10 @@ def test_the_cpu_computes_and_it_is_said(command: str, cuda_build: Path, tmp_pat
     done = handmill(cuda_build, tmp_path, *arguments)
     said = json.loads(done.stdout.splitlines()[-1])
     if command == "doctor":
-        assert "libcuda.so.1" in done.stdout
+        assert "CPU" in said["system"]["backends"]  # it was loaded
+        found = [finding for finding in said["findings"] if finding["probe"] == "driver"]
+        assert len(found) == 1
+        assert "libcuda.so.1" in found[0]["message"]
         return
     assert done.returncode == 0, done.stderr
     assert said["gpu_layers"] == 0

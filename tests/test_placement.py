@@ -29,6 +29,9 @@ from tests.rpc_server import rpc_server
 MB = 1_000_000
 
 
+NOWHERE = Split()
+
+
 def header(*, blocks: int = 4, output: bool = True, **metadata: Any) -> GgufFile:
     """Blocks of 10 MB, an embedding of 20 MB, an output of 30 MB or none; 4 kB of cache a token and block."""
     sizes = {"token_embd.weight": 20 * MB, **{f"blk.{i}.w": 10 * MB for i in range(blocks)}}
@@ -182,7 +185,7 @@ def test_llama_is_asked_for_bytes_only_where_memory_may_lack(monkeypatch: pytest
     weights = sum(tensor.nbytes for tensor in gguf.tensors)
     cache = 1000 * sum(placement.kv_bytes_per_token(gguf))
 
-    def may_lack(available: int | None, split: Split = Split()) -> bool:  # noqa: B008
+    def may_lack(available: int | None, split: Split = NOWHERE) -> bool:
         monkeypatch.setattr(choices, "memory_limits", lambda: {} if available is None else {"machine": available})
         return choices.may_lack_memory(gguf, Placement(split, 5, Settings(1000), ""))
 
